@@ -1,0 +1,69 @@
+"""Surrogate gradient rules of the L1 distance.
+
+The derivative of -|x - w| is a sign, which says nothing about how far apart x and w are.
+Adder networks therefore replace it by a function of the difference d:
+
+* "full": d, the gradient of the squared distance (half of it), AdderNet's rule for weights;
+* "hardtanh": clip(d, -1, 1), AdderNet's rule for inputs;
+* ("hardtanh", slope): clip(slope * d, -1, 1);
+* "sign": sign(d), the true derivative.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+GradientRule = Literal["full", "hardtanh", "sign"] | tuple[Literal["hardtanh"], float]
+
+ALLOWED_RULES = '"full", "hardtanh", ("hardtanh", slope) and "sign"'
+_SLOPES = (1e-30, 1e30)  # both a slope and its inverse are normal float32 numbers
+
+
+class Rule(NamedTuple):
+    """A gradient rule in canonical, hashable form.
+
+    Attributes:
+        kind: "full", "hardtanh" or "sign".
+        slope: factor before the clip of "hardtanh"; 1.0 for the other kinds.
+    """
+
+    kind: str
+    slope: float = 1.0
+
+
+def canonical_rule(rule: GradientRule, argument: str) -> Rule:
+    """Checks a rule as users write it and returns its canonical form.
+
+    Args:
+        rule: "full", "hardtanh", ("hardtanh", slope) or "sign".
+        argument: name of the argument that carried it, for the error message.
+
+    Raises:
+        ValueError: the rule is none of those, or its slope is not a number from 1e-30 to 1e30.
+    """
+    if isinstance(rule, Rule):
+        rule = rule.kind if rule.slope == 1.0 else (rule.kind, rule.slope)
+    if isinstance(rule, str) and rule in ("full", "hardtanh", "sign"):
+        return Rule(rule)
+    if isinstance(rule, (tuple, list)) and len(rule) == 2 and rule[0] == "hardtanh":
+        slope = rule[1]
+        if isinstance(slope, (int, float)) and not isinstance(slope, bool):
+            if _SLOPES[0] <= slope <= _SLOPES[1]:
+                return Rule("hardtanh", float(slope))
+        raise ValueError(
+            f'{argument}: the slope of ("hardtanh", slope) must be a positive finite Python '
+            f"number, got {slope!r}."
+        )
+    raise ValueError(f"{argument}: unknown gradient rule {rule!r}; allowed are {ALLOWED_RULES}.")
+
+
+def apply_rule(rule: Rule, difference: jax.Array) -> jax.Array:
+    """Applies a rule elementwise to a difference of two operands."""
+    if rule.kind == "full":
+        return difference
+    if rule.kind == "sign":
+        return jnp.sign(difference)
+    if rule.slope != 1.0:
+        difference = difference * jnp.asarray(rule.slope, difference.dtype)
+    return jnp.clip(difference, -1.0, 1.0)

@@ -1,0 +1,29 @@
+"""Settings of every test: two CPU devices, strict promotion rules, no accelerator."""
+
+import os
+import tempfile
+
+# Before jax is imported. Two devices make every jitted step a sharded one.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Programs that several tests compile alike are compiled once a session.
+_cache = tempfile.TemporaryDirectory(prefix="adderflax-test-cache-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# grain's worker processes read absl flags, which pytest does not parse.
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def root() -> "os.PathLike[str]":
+    """The checkout."""
+    from pathlib import Path
+
+    return Path(__file__).parent.parent

@@ -1,0 +1,238 @@
+"""adder_attention against float64 NumPy, and its contract."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import operator_reference as reference
+import pytest
+
+from adderflax.operators import adder_attention, adder_matmul
+
+PAIRS = [("l1", "dot"), ("l1", "l1"), ("dot", "dot"), ("dot", "l1")]
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def expected_attention(
+    query,
+    key,
+    value,
+    mask=None,
+    bias=None,
+    identity=True,
+    similarity="l1",
+    aggregation="dot",
+    scale=None,
+):
+    """[B, T, H, D] and [B, H, T, S] in float64, written from the definition."""
+    q, k, v = (np.moveaxis(a.astype(np.float64), -2, -3) for a in (query, key, value))
+    depth = q.shape[-1]
+    if similarity == "l1":
+        logits = -np.abs(q[..., :, None, :] - k[..., None, :, :]).sum(-1)
+        scale = 1 / math.sqrt(2 * depth * (1 - 2 / math.pi)) if scale is None else scale
+    else:
+        logits = q @ np.swapaxes(k, -1, -2)
+        scale = 1 / math.sqrt(depth) if scale is None else scale
+    logits = logits * scale
+    if bias is not None:
+        logits = logits + bias.astype(np.float64)
+    if mask is not None:
+        logits = np.where(mask, logits, -1e38)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    if identity:
+        weights = weights + np.eye(weights.shape[-1])
+    if aggregation == "l1":
+        out = -np.abs(weights[..., :, :, None] - v[..., None, :, :]).sum(-2)
+    else:
+        out = weights @ v
+    return np.moveaxis(out, -3, -2), weights
+
+
+@pytest.mark.parametrize("tokens, heads, depth", [(5, 2, 8), (17, 3, 16), (1, 1, 1)])
+@pytest.mark.parametrize("similarity, aggregation", PAIRS)
+@pytest.mark.parametrize("identity", [True, False])
+def test_against_float64(tokens, heads, depth, similarity, aggregation, identity):
+    options = dict(similarity=similarity, aggregation=aggregation, identity=identity)
+    operands = [normal(i, 2, tokens, heads, depth) for i in range(3)]
+    out, weights = adder_attention(*operands, return_weights=True, **options)
+    expected, expected_weights = expected_attention(*operands, **options)
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(out, adder_attention(*operands, **options))
+
+
+MASKS = {
+    "causal": np.tril(np.ones((1, 1, 6, 6), bool)),
+    "padding": np.arange(6)[None, None, None, :] < np.asarray([4, 6])[:, None, None, None],
+    "diagonal hidden": ~np.eye(6, dtype=bool)[None, None],
+    "by head": np.random.default_rng(0).random((2, 3, 6, 6)) < 0.7,
+    "rank 2": np.tril(np.ones((6, 6), bool)),
+}
+
+
+@pytest.mark.parametrize("similarity", ["l1", "dot"])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_and_biases(name, similarity):
+    operands = [normal(i, 2, 6, 3, 8) for i in range(3)]
+    bias = normal(3, 1, 3, 6, 6) if name != "causal" else normal(3, 6)
+    options = dict(mask=MASKS[name], bias=bias, similarity=similarity, scale=0.7)
+    out, weights = adder_attention(*operands, return_weights=True, **options)
+    expected, expected_weights = expected_attention(*operands, **options)
+    np.testing.assert_allclose(out, expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-6, rtol=0)
+    if name == "diagonal hidden":
+        np.testing.assert_allclose(np.diagonal(weights, axis1=-2, axis2=-1), 1.0, atol=1e-7)
+
+
+def test_fully_masked_rows_are_uniform():
+    operands = [normal(i, 1, 4, 2, 8) for i in range(3)]
+    mask = jnp.ones((1, 1, 4, 4), bool).at[:, :, 1].set(False)
+    run = functools.partial(adder_attention, mask=mask, bias=jnp.full((1, 1, 4, 4), -1e30))
+    _, weights = run(*operands, return_weights=True)
+    np.testing.assert_allclose(weights[0, :, 1], np.full((2, 4), 0.25) + np.eye(4)[1], atol=1e-6)
+    grads = jax.grad(lambda *a: jnp.sum(run(*a)), (0, 1, 2))(*operands)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("similarity, aggregation", PAIRS)
+def test_rank_three_is_one_entry_of_rank_four(similarity, aggregation):
+    options = dict(similarity=similarity, aggregation=aggregation, return_weights=True)
+    operands = [normal(i, 2, 5, 3, 4) for i in range(3)]
+    mask, bias = np.random.default_rng(0).random((3, 5, 5)) < 0.8, normal(4, 3, 1, 5)
+    whole = adder_attention(*operands, mask=mask[None], bias=bias[None], **options)
+    single = adder_attention(*(a[1] for a in operands), mask=mask, bias=bias, **options)
+    for batched, one in zip(whole, single):
+        np.testing.assert_allclose(one, batched[1], atol=1e-6)
+
+
+def test_cross_attention_without_identity():
+    query, key, value = normal(0, 2, 3, 2, 8), normal(1, 2, 7, 2, 8), normal(2, 2, 7, 2, 5)
+    out = adder_attention(query, key, value, identity=False)
+    expected, _ = expected_attention(query, key, value, identity=False)
+    assert out.shape == (2, 3, 2, 5)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_dot_without_identity_is_jax_attention():
+    operands = [normal(i, 2, 5, 3, 8) for i in range(3)]
+    mask = np.random.default_rng(0).random((2, 1, 5, 5)) < 0.6
+    actual = adder_attention(*operands, mask=mask, similarity="dot", identity=False)
+    expected = jax.nn.dot_product_attention(*operands, mask=mask)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "grad_query, grad_key", [("hardtanh", "hardtanh"), ("sign", ("hardtanh", 4.0))]
+)
+def test_gradients_of_similarity_follow_the_rules(grad_query, grad_key):
+    """The softmax part by autodiff of the dense form, the scores part by the rules in NumPy."""
+    query, key, value = (normal(i, 2, 6, 3, 8) for i in range(3))
+    g = normal(3, 2, 6, 3, 8)
+    q, k = np.moveaxis(query, -2, -3), np.swapaxes(np.moveaxis(key, -2, -3), -1, -2)
+    scores, _ = reference.forward(q, k)
+    scale = 1 / math.sqrt(16 * (1 - 2 / math.pi))
+
+    def rest(scores, value):
+        weights = jax.nn.softmax(scores * scale) + jnp.eye(6)[None, None]
+        return jnp.einsum("bhts,bshd->bthd", weights, value)
+
+    d_scores, d_value = jax.vjp(rest, jnp.asarray(scores, jnp.float32), value)[1](g)
+    (dq, _), (dk, _) = reference.gradients(q, k, np.asarray(d_scores), grad_query, grad_key)
+    run = functools.partial(adder_attention, grad_query=grad_query, grad_key=grad_key)
+    actual = jax.vjp(run, query, key, value)[1](g)
+    expected = (np.moveaxis(dq, -3, -2), np.moveaxis(np.swapaxes(dk, -1, -2), -3, -2), d_value)
+    for a, e in zip(actual, expected):
+        np.testing.assert_allclose(a, e, atol=2e-5 * np.abs(e).max(), rtol=0)
+
+
+def test_l1_aggregation_uses_hardtanh_on_both_sides():
+    weights, value = normal(0, 2, 3, 6, 6), normal(1, 2, 3, 6, 8)
+    g = normal(2, 2, 3, 6, 8)
+    (_, _), (expected, _) = reference.gradients(weights, value, g, "hardtanh", "hardtanh")
+    run = functools.partial(adder_matmul, grad_y="hardtanh")
+    np.testing.assert_allclose(jax.vjp(run, weights, value)[1](g)[1], expected, atol=1e-5)
+    # In attention: zero queries and keys make the weights 1/T + I, whatever they are.
+    zeros = jnp.zeros((2, 6, 3, 8))
+    value_BxTxHxD = jnp.asarray(np.moveaxis(value, -3, -2))
+    attend = functools.partial(adder_attention, zeros, zeros, aggregation="l1")
+    dv = jax.vjp(attend, value_BxTxHxD)[1](jnp.asarray(np.moveaxis(g, -3, -2)))[0]
+    uniform = np.broadcast_to(np.full((6, 6), 1 / 6) + np.eye(6), weights.shape)
+    (_, _), (expected, _) = reference.gradients(uniform, value, g, "hardtanh", "hardtanh")
+    np.testing.assert_allclose(dv, np.moveaxis(expected, -3, -2), atol=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["dot", "l1"])
+def test_dtypes(aggregation):
+    query, key, value = (jnp.asarray(normal(i, 1, 4, 2, 8)) for i in range(3))
+    query, value = query.astype(jnp.bfloat16), value.astype(jnp.bfloat16)
+    out, weights = adder_attention(
+        query, key, value, aggregation=aggregation, return_weights=True
+    )
+    assert out.dtype == (jnp.bfloat16 if aggregation == "dot" else jnp.float32)
+    assert weights.dtype == jnp.float32
+    expected, _ = expected_attention(*map(np.asarray, (query, key, value)), aggregation=aggregation)
+    tolerance = 0.02 if aggregation == "dot" else 1e-4
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance)
+
+
+def test_weights_come_only_where_asked_for():
+    # What is not asked for is not in the program, so that a ledger of operations is right.
+    operands = [normal(i, 1, 4, 2, 8) for i in range(3)]
+    divided = [
+        equation.outvars[0].aval.shape
+        for equation in jax.make_jaxpr(adder_attention)(*operands).eqns
+        if equation.primitive.name == "div"
+    ]
+    assert divided == [(1, 2, 4, 8)]
+
+
+def test_value_passes_the_identity_without_rounding():
+    # One token: the softmax is 1, and 1 * V + V = 2 V exactly, in bfloat16 too.
+    value = jnp.asarray(normal(0, 3, 1, 2, 8), jnp.bfloat16)
+    np.testing.assert_array_equal(adder_attention(value, value, value), 2 * value)
+
+
+Q, K, V = [np.ones((2, 4, 3, 8), np.float32)] * 3
+NAMES = ["l1", "dot"]
+# What is wrong: the error, the operands, the options, and what the message must name.
+BAD_CALLS = {
+    "identity": (ValueError, (Q[:, :2], K, V), {}, ["identity", "2 queries", "4 keys"]),
+    "similarity": (ValueError, (Q, K, V), {"similarity": "cosine"}, ["similarity", *NAMES]),
+    "aggregation": (ValueError, (Q, K, V), {"aggregation": "max"}, ["aggregation", *NAMES]),
+    "rule": (ValueError, (Q, K, V), {"grad_key": "x"}, ["grad_key", "'x'"]),
+    "unused rule": (ValueError, (Q, K, V), {"grad_query": 3, "similarity": "dot"}, ["grad_query"]),
+    "implementation": (
+        ValueError, (Q, K, V), {"implementation": "fast", "similarity": "dot"},
+        ["implementation", "'fast'", "'xla'"],
+    ),
+    "ranks": (ValueError, (Q[0], K, V), {}, ["rank", "(4, 3, 8)"]),
+    "depth": (ValueError, (Q[..., :4], K, V), {}, ["query", "key", "depth", "(2, 4, 3, 4)"]),
+    "value": (ValueError, (Q, K, V[:, :2]), {}, ["value", "(2, 2, 3, 8)", "(2, 4, 3, 8)"]),
+    "heads": (ValueError, (Q[:, :, :1], K, V), {}, ["heads", "(2, 4, 1, 8)"]),
+    "mask dtype": (TypeError, (Q, K, V), {"mask": np.ones((4, 4), np.float32)}, ["mask", "bool"]),
+    "mask shape": (
+        ValueError, (Q, K, V), {"mask": np.ones((2, 4, 4), bool)}, ["mask", "(2, 4, 4)"],
+    ),
+    "bias shape": (
+        ValueError, (Q, K, V), {"bias": np.ones((1, 1, 1, 1, 4), np.float32)},
+        ["bias", "(2, 3, 4, 4)"],
+    ),
+    "bias dtype": (TypeError, (Q, K, V), {"bias": np.ones((4, 4), np.int32)}, ["bias", "int32"]),
+    "scale": (ValueError, (Q, K, V), {"scale": np.ones(3, np.float32)}, ["scale", "(3,)"]),
+    "dtype": (TypeError, (Q, K, V.astype(np.float64)), {}, ["value", "float64"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls(name):
+    error, operands, options, parts = BAD_CALLS[name]
+    with pytest.raises(error) as raised:
+        adder_attention(*operands, **options)
+    for part in parts:
+        assert part in str(raised.value)
