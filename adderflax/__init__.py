@@ -1,0 +1,23 @@
+"""Multiplication-free vision transformers in JAX and Flax: adder operators, layers and models.
+
+Importing this needs jax, flax and numpy. Data, training and analysis live in submodules and need the
+``train`` extra.
+"""
+
+from adderflax.layers import AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
+from adderflax.models import VisionTransformer, VisionTransformerConfig
+from adderflax.operators import adder_attention, adder_matmul
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdderDense",
+    "AdderMlp",
+    "AdderSelfAttention",
+    "EncoderBlock",
+    "EncoderConfig",
+    "VisionTransformer",
+    "VisionTransformerConfig",
+    "adder_attention",
+    "adder_matmul",
+]

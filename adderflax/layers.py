@@ -1,0 +1,314 @@
+"""Linen layers of an adder transformer, built on :mod:`adderflax.operators`.
+
+An adder layer is ``Y = -sum_i |X_i - W_i|`` followed by a LayerNorm: the sums are large and negative
+(about ``-1.13 * fan_in`` for unit-normal input and templates), so the normalization belongs to the layer
+and runs on the float32 sums before anything is rounded to the layer's ``dtype``.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from adderflax.operators import adder_attention, adder_matmul
+
+Array = jax.Array
+GradientRule = str | tuple[str, float]
+
+ARITHMETICS = ("adder", "multiply")
+SIMILARITIES = ("l1", "dot")
+NORMALIZATIONS = ("layer", "none")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What one encoder block computes and with which arithmetic. Defaults are the paper's adder block.
+
+    Attributes:
+      embed_dim: width of the residual stream.
+      num_heads: attention heads; divides `embed_dim`.
+      mlp_dim: hidden width of the MLP; None means ``4 * embed_dim``.
+      linear: arithmetic of the query, key, value, fc1 and fc2 projections, "adder" or "multiply".
+      output_projection: arithmetic of the attention's output projection.
+      similarity: "l1" for ``-sum_c |q_c - k_c|`` or "dot" for ``q . k``.
+      aggregation: "dot" for the product ``A V`` or "l1" for its adder form.
+      identity: whether I is added to the attention map (eq. 20 of "Adder Attention for Vision Transformer").
+      attention_scale: factor on the similarity; None means ``1/sqrt(2 d (1 - 2/pi))`` for "l1" and
+        ``1/sqrt(d)`` for "dot", d the head width.
+      normalization: "layer" puts a LayerNorm over the features after every linear layer of the block,
+        "none" leaves it out.
+      use_bias: whether multiplying layers of the block have a bias. Adder layers have none.
+      grad_inputs: gradient rule of adder layers towards their input (see `adderflax.adder_matmul`).
+      grad_kernel: gradient rule of adder layers towards their templates.
+      grad_query: gradient rule of the L1 similarity towards the queries.
+      grad_key: gradient rule of the L1 similarity towards the keys.
+      drop_path_rate: stochastic depth, the probability that a sample skips a residual branch.
+      layer_norm_epsilon: added to the variance in every LayerNorm.
+      dtype: computation dtype, "float32" or "bfloat16"; sums, softmax and LayerNorm stay in float32.
+      remat: recompute each block's activations in the backward pass instead of storing them.
+      implementation: operator implementation (see `adderflax.adder_matmul`); None picks by platform.
+
+    Raises:
+      ValueError: a field has a value that is not allowed; the message names it.
+    """
+
+    embed_dim: int = 192
+    num_heads: int = 3
+    mlp_dim: int | None = None
+    linear: str = "adder"
+    output_projection: str = "adder"
+    similarity: str = "l1"
+    aggregation: str = "dot"
+    identity: bool = True
+    attention_scale: float | None = None
+    normalization: str = "layer"
+    use_bias: bool = False
+    grad_inputs: GradientRule = "hardtanh"
+    grad_kernel: GradientRule = "full"
+    grad_query: GradientRule = "hardtanh"
+    grad_key: GradientRule = "hardtanh"
+    drop_path_rate: float = 0.0
+    layer_norm_epsilon: float = 1e-6
+    dtype: str = "float32"
+    remat: bool = False
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("linear", "output_projection"):
+            require_choice(name, getattr(self, name), ARITHMETICS)
+        for name in ("similarity", "aggregation"):
+            require_choice(name, getattr(self, name), SIMILARITIES)
+        require_choice("normalization", self.normalization, NORMALIZATIONS)
+        require_choice("dtype", self.dtype, DTYPES)
+        if self.embed_dim < 1 or self.num_heads < 1 or self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}: every head"
+                " takes embed_dim / num_heads features. Choose a multiple of num_heads."
+            )
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a NumPy dtype."""
+        return jnp.dtype(self.dtype)
+
+
+def require_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raises a ValueError that names the field and what is allowed, unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.")
+
+
+class AdderDense(nn.Module):
+    """Adder linear layer, [..., in] -> [..., features]: ``LayerNorm(-sum_i |x_i - w_io|)``.
+
+    The templates are the parameter ``adder_kernel`` [in, features], drawn from N(0, 1) as in AdderNet's
+    official code; the name tells optimizers which parameters are adder templates. There is no bias: the
+    LayerNorm that follows has one.
+
+    Attributes:
+      features: number of output features.
+      normalization: "layer" normalizes the sums over the features, with scale and bias; "none" returns the
+        raw sums, always in float32, because they are too large for a half-precision type to resolve.
+      dtype: computation and output dtype; None takes the common dtype of input and templates.
+      param_dtype: dtype of the parameters.
+      kernel_init: initializer of the templates.
+      epsilon: added to the variance in the LayerNorm.
+      grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign" or "full".
+      grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
+      implementation: operator implementation; None picks by platform.
+    """
+
+    features: int
+    normalization: str = "layer"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
+    epsilon: float = 1e-6
+    grad_x: GradientRule = "hardtanh"
+    grad_kernel: GradientRule = "full"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Applies the layer to `inputs` of shape [..., in]; returns [..., features]."""
+        require_choice("normalization", self.normalization, NORMALIZATIONS)
+        kernel = self.param(
+            "adder_kernel",
+            self.kernel_init,
+            (inputs.shape[-1], self.features),
+            self.param_dtype,
+        )
+        inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
+        rows = inputs if inputs.ndim > 1 else inputs[None]
+        sums = adder_matmul(
+            rows,
+            kernel,
+            grad_x=self.grad_x,
+            grad_y=self.grad_kernel,
+            implementation=self.implementation,
+        )
+        sums = sums if inputs.ndim > 1 else sums[0]
+        if self.normalization == "none":
+            return sums
+        return layer_norm(self.epsilon, inputs.dtype, self.param_dtype, name="norm")(sums)
+
+
+class _MultiplyDense(nn.Module):
+    """The multiplying twin of `AdderDense`: ``x @ kernel (+ bias)``, then the same normalization."""
+
+    features: int
+    normalization: str
+    use_bias: bool
+    dtype: Any
+    epsilon: float
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
+        inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
+        outputs = jnp.matmul(inputs, kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            outputs = outputs + jnp.broadcast_to(bias.astype(outputs.dtype), outputs.shape)
+        if self.normalization == "none":
+            return outputs
+        return layer_norm(self.epsilon, self.dtype, jnp.float32, name="norm")(outputs)
+
+
+def layer_norm(epsilon: float, dtype: Any, param_dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """The LayerNorm used throughout: over the last axis, with scale and bias, statistics in float32."""
+    # E[x^2] - E[x]^2 loses four digits on adder sums, whose mean is some 50 times their deviation.
+    return nn.LayerNorm(
+        epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
+    )
+
+
+def dense(
+    config: EncoderConfig,
+    arithmetic: str,
+    features: int,
+    name: str | None = None,
+    *,
+    normalization: str | None = None,
+    use_bias: bool | None = None,
+) -> nn.Module:
+    """The linear layer that `config` describes, in the given arithmetic.
+
+    Args:
+      config: the block's configuration.
+      arithmetic: "adder" or "multiply".
+      features: number of output features.
+      name: Linen name of the layer.
+      normalization: overrides `config.normalization`.
+      use_bias: overrides `config.use_bias`; adder layers have no bias either way.
+    """
+    normalization = config.normalization if normalization is None else normalization
+    if arithmetic == "adder":
+        return AdderDense(
+            features=features,
+            normalization=normalization,
+            dtype=config.compute_dtype,
+            epsilon=config.layer_norm_epsilon,
+            grad_x=config.grad_inputs,
+            grad_kernel=config.grad_kernel,
+            implementation=config.implementation,
+            name=name,
+        )
+    return _MultiplyDense(
+        features=features,
+        normalization=normalization,
+        use_bias=config.use_bias if use_bias is None else use_bias,
+        dtype=config.compute_dtype,
+        epsilon=config.layer_norm_epsilon,
+        name=name,
+    )
+
+
+class AdderSelfAttention(nn.Module):
+    """Multi-head self-attention in the arithmetic of `config`, [B, T, embed_dim] -> [B, T, embed_dim].
+
+    Queries, keys and values are normalized over the whole embedding before the heads are split. The
+    attention map [B, num_heads, T, T], identity included, is sown as ``attention_weights`` whenever the
+    ``intermediates`` collection is mutable.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array, mask: Array | None = None) -> Array:
+        """Applies attention.
+
+        Args:
+          x_BxTxD: input tokens.
+          mask: boolean, True where a query may see a key, broadcastable to [B, num_heads, T, T].
+        """
+        config = self.config
+        B, T, _ = x_BxTxD.shape
+        heads = (B, T, config.num_heads, config.embed_dim // config.num_heads)
+        query, key, value = (
+            dense(config, config.linear, config.embed_dim, name)(x_BxTxD).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        capture = self.is_mutable_collection("intermediates")
+        attended = adder_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            identity=config.identity,
+            similarity=config.similarity,
+            aggregation=config.aggregation,
+            scale=config.attention_scale,
+            grad_query=config.grad_query,
+            grad_key=config.grad_key,
+            return_weights=capture,
+            implementation=config.implementation,
+        )
+        if capture:
+            attended, weights_BxHxTxT = attended
+            self.sow("intermediates", "attention_weights", weights_BxHxTxT)
+        attended = attended.astype(config.compute_dtype).reshape(B, T, config.embed_dim)
+        return dense(config, config.output_projection, config.embed_dim, "out")(attended)
+
+
+class AdderMlp(nn.Module):
+    """fc1, GELU, fc2 in the arithmetic of `config`, each followed by its normalization."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array) -> Array:
+        """Applies the MLP to [..., embed_dim]; returns the same shape."""
+        config = self.config
+        hidden = config.mlp_dim or 4 * config.embed_dim
+        x = dense(config, config.linear, hidden, "fc1")(x_BxTxD)
+        return dense(config, config.linear, config.embed_dim, "fc2")(nn.gelu(x))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer block: ``x + Attention(LN(x))``, then ``x + MLP(LN(x))``."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array, train: bool = False) -> Array:
+        """Applies the block; with `train`, stochastic depth draws from the rng stream "drop_path"."""
+        config = self.config
+
+        def drop_path(branch: Array) -> Array:
+            return nn.Dropout(config.drop_path_rate, broadcast_dims=(1, 2), rng_collection="drop_path")(
+                branch, deterministic=not train
+            )
+
+        def pre_norm(name: str) -> nn.LayerNorm:
+            return layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, name)
+
+        x = x_BxTxD
+        x = x + drop_path(AdderSelfAttention(config, name="attention")(pre_norm("attention_norm")(x)))
+        return x + drop_path(AdderMlp(config, name="mlp")(pre_norm("mlp_norm")(x)))

@@ -1,0 +1,196 @@
+"""The Vision Transformer: variants, presets, shapes, and what its pieces do."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from adderflax import VisionTransformer, VisionTransformerConfig, adder_attention
+from adderflax.models.vit import PRESET_FIELDS, PRESETS, VARIANTS
+
+TINY = VisionTransformerConfig(
+    image_size=8,
+    patch_size=4,
+    channels=1,
+    num_classes=3,
+    embed_dim=8,
+    num_heads=2,
+    depth=2,
+    implementation="reference",  # compiles in a fraction of the time; the operators have tests of their own
+)
+
+
+def images(config, batch=2, seed=0):
+    return jax.random.normal(
+        jax.random.key(seed), (batch, config.image_size, config.image_size, config.channels)
+    )
+
+
+def init(model, seed=0):
+    return jax.jit(model.init)(jax.random.key(seed), images(model.config))
+
+
+def count(config):
+    model = VisionTransformer(config)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images(config, 1)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+# DeiT's published sizes in millions: Touvron et al. 2021, table 1.
+@pytest.mark.parametrize(("variant", "millions"), [("Ti/16", 5.7), ("S/16", 22.1), ("B/16", 86.6)])
+def test_vit_preset_has_deit_size(variant, millions):
+    assert abs(count(VisionTransformerConfig.from_variant(variant, "vit")) / 1e6 - millions) < 0.06
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adder_and_twin_have_the_same_parameters(variant):
+    size = {"image_size": 16}
+    adder = VisionTransformerConfig.from_variant(variant, "adder", **size)
+    assert count(adder) == count(VisionTransformerConfig.from_variant(variant, "multiply", **size))
+
+
+def test_presets_differ_where_they_should():
+    adder, twin, vit = (VisionTransformerConfig.from_variant("Ti/16", name) for name in PRESETS)
+    changed = {f.name for f in dataclasses.fields(adder) if getattr(adder, f.name) != getattr(twin, f.name)}
+    assert changed == {"linear", "output_projection", "similarity"}
+    changed = {f.name for f in dataclasses.fields(vit) if getattr(vit, f.name) != getattr(twin, f.name)}
+    assert changed == {"identity", "normalization", "use_bias"}
+
+
+def test_a_given_field_replaces_the_preset():
+    config = VisionTransformerConfig.from_variant("Ti/4", "adder", similarity="dot", depth=3, image_size=32)
+    assert (config.similarity, config.linear, config.depth, config.num_tokens) == (
+        "dot",
+        "adder",
+        3,
+        65,
+    )
+
+
+def test_custom_needs_every_preset_field():
+    with pytest.raises(ValueError, match="missing: .*similarity.*use_bias"):
+        VisionTransformerConfig.from_variant("Ti/16", "custom", linear="adder")
+    given = PRESETS["adder"] | {"aggregation": "l1"}
+    assert set(given) == set(PRESET_FIELDS)
+    assert VisionTransformerConfig.from_variant("Ti/16", "custom", **given).aggregation == "l1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("Ti/8",),
+            "variant='Ti/8' is not known; choose one of 'Ti/16', 'S/16', 'B/16', 'Ti/4', 'S/4', 'digits'",
+        ),
+        (
+            ("Ti/16", "add"),
+            "arithmetic='add' is not known; choose one of 'adder', 'multiply', 'vit', 'custom'",
+        ),
+    ],
+)
+def test_unknown_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VisionTransformerConfig.from_variant(*arguments)
+    with pytest.raises(ValueError, match="Unknown model field width; the fields are"):
+        VisionTransformerConfig.from_variant("Ti/16", width=3)
+
+
+def test_image_size_must_fit():
+    with pytest.raises(ValueError, match="image_size=30 is not a multiple of patch_size=4"):
+        VisionTransformerConfig.from_variant("Ti/4", image_size=30)
+    model = VisionTransformer(TINY)
+    with pytest.raises(ValueError, match=r"images have shape \(2, 9, 8, 1\).*\[batch, 8, 8, 1\]"):
+        model.init(jax.random.key(0), jnp.zeros((2, 9, 8, 1)))
+
+
+EVERYTHING_ADDS = {"patch_embedding": "adder", "head": "adder", "aggregation": "l1"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        EVERYTHING_ADDS,
+        PRESETS["multiply"],
+        PRESETS["vit"],
+        {"remat": True},
+        {"dtype": "bfloat16"},
+    ],
+    ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16"],
+)
+@jax.numpy_dtype_promotion("standard")  # flax's LayerNorm itself promotes bfloat16 to float32
+def test_forward_and_gradients_are_finite_and_reach_every_parameter(fields):
+    config = dataclasses.replace(TINY, **fields)
+    model = VisionTransformer(config)
+    params = init(model)
+
+    def loss(params):
+        logits = model.apply(params, images(config), True, rngs={"drop_path": jax.random.key(1)})
+        assert logits.shape == (2, 3) and logits.dtype == jnp.float32
+        return jnp.sum(logits * jnp.broadcast_to(jnp.array([1.0, -2.0, 0.5]), logits.shape))
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert leaf.dtype == jnp.float32
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_remat_changes_nothing():
+    config = dataclasses.replace(TINY, depth=1)
+    model, again = (
+        VisionTransformer(config),
+        VisionTransformer(dataclasses.replace(config, remat=True)),
+    )
+    params = init(model)
+    gradients = [
+        jax.jit(jax.grad(lambda p, m=m: m.apply(p, images(TINY)).sum()))(params) for m in (model, again)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *gradients)
+
+
+def test_patches_are_cut_row_by_row():
+    config = dataclasses.replace(TINY, embed_dim=16, num_heads=2, depth=1)
+    model = VisionTransformer(config)
+    params = init(model)["params"]
+    # A kernel that is the identity shows each patch as its token.
+    params["patch_embedding"] = {"kernel": jnp.eye(16), "bias": jnp.zeros(16)}
+    numbered = jnp.arange(64.0).reshape(1, 8, 8, 1)
+    captured = {}
+
+    def record(next_function, arguments, keywords, context):
+        out = next_function(*arguments, **keywords)
+        if context.module.name == "patch_embedding":
+            captured["patches"] = out
+        return out
+
+    with nn.intercept_methods(record):
+        model.apply({"params": params}, numbered)
+    grid = np.arange(64).reshape(8, 8)
+    expected = [grid[r : r + 4, c : c + 4].ravel() for r in (0, 4) for c in (0, 4)]
+    np.testing.assert_array_equal(captured["patches"][0], expected)
+
+
+def test_intermediates_are_captured_on_request():
+    model = VisionTransformer(TINY)
+    params = init(model)
+    assert set(params) == {"params"}
+    _, captured = model.apply(params, images(TINY), mutable=["intermediates"])
+    captured = captured["intermediates"]
+    assert len(captured["block_outputs"]) == TINY.depth
+    weights = captured["block_1"]["attention"]["attention_weights"][0]
+    assert weights.shape == (2, 2, 5, 5)
+    # softmax + I: every row sums to two
+    np.testing.assert_allclose(weights.sum(-1), 2.0, atol=1e-5)
+
+
+def test_default_scale_of_l1_logits():
+    """For q, k ~ N(0, 1) the scaled logits deviate by 1; within a row by 0.88, the query's term cancels."""
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 500, 1, 64))
+    _, weights = adder_attention(q, k, k, identity=False, return_weights=True)
+    logits = np.log(np.asarray(weights[0, 0], np.float64))
+    within = logits - logits.mean(-1, keepdims=True)
+    assert abs(within.std() - 0.88) < 0.03

@@ -1,0 +1,245 @@
+"""Layers against hand-computed cases and float64 references of their formulas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from adderflax import AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
+
+SMALL = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=12, implementation="reference")
+MULTIPLY = dataclasses.replace(SMALL, linear="multiply", output_projection="multiply", similarity="dot")
+VIT = dataclasses.replace(MULTIPLY, identity=False, normalization="none", use_bias=True)
+
+
+def layer_norm(x, epsilon=1e-6):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + epsilon)
+
+
+def adder(x, kernel):
+    return -np.abs(x[..., :, None] - kernel).sum(-2)
+
+
+def kernels(params, *path):
+    node = params
+    for name in path:
+        node = node[name]
+    return np.asarray(node["adder_kernel" if "adder_kernel" in node else "kernel"], np.float64)
+
+
+def tokens(shape=(2, 5, 8), seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def random_params(module, *inputs, seed=1):
+    """Parameters that are all random, so that no bias or scale hides behind its initial value."""
+    variables = jax.jit(module.init)(jax.random.key(seed), *inputs)
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)],
+    )
+
+
+def test_dense_by_hand():
+    layer = AdderDense(2, normalization="none")
+    params = {"params": {"adder_kernel": jnp.array([[1.0, -1.0], [0.5, 2.0]])}}
+    # -(|0 - 1| + |2 - 0.5|) and -(|0 + 1| + |2 - 2|)
+    np.testing.assert_array_equal(layer.apply(params, jnp.array([[0.0, 2.0]])), [[-2.5, -1.0]])
+    np.testing.assert_array_equal(layer.apply(params, jnp.array([0.0, 2.0])), [-2.5, -1.0])
+
+
+def test_dense_normalizes_the_sums():
+    x = np.asarray(tokens(), np.float64)
+    layer = AdderDense(6)
+    variables = random_params(layer, tokens())
+    norm = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["norm"])
+    expected = layer_norm(adder(x, kernels(variables, "params"))) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(layer.apply(variables, tokens()), expected, atol=1e-5)
+
+
+def test_dense_templates_are_unit_normal():
+    kernel = AdderDense(400).init(jax.random.key(0), jnp.zeros((1, 400)))["params"]["adder_kernel"]
+    assert abs(float(kernel.std()) - 1.0) < 0.01 and abs(float(kernel.mean())) < 0.01
+
+
+def test_dense_statistics_keep_their_digits_far_from_zero():
+    # Sums near -1e4 with a deviation near 1: E[x^2] - E[x]^2 has no digit left in float32.
+    x = jnp.full((1, 8), 1000.0)
+    kernel = jax.random.normal(jax.random.key(0), (8, 512)) * 0.3
+    out = AdderDense(512).apply(
+        {
+            "params": {
+                "adder_kernel": kernel,
+                "norm": {"scale": jnp.ones(512), "bias": jnp.zeros(512)},
+            }
+        },
+        x,
+    )
+    expected = layer_norm(adder(np.asarray(x, np.float64), np.asarray(kernel, np.float64)))
+    np.testing.assert_allclose(out, expected, atol=5e-3)
+
+
+def test_dense_gradient_rules_reach_the_operator():
+    x, kernel = jnp.array([[3.0, 0.2]]), jnp.array([[0.5], [0.0]])
+
+    def gradients(**rules):
+        layer = AdderDense(1, normalization="none", **rules)
+        apply = lambda x, kernel: layer.apply({"params": {"adder_kernel": kernel}}, x).sum()  # noqa: E731
+        dx, dk = jax.grad(apply, argnums=(0, 1))(x, kernel)
+        return dx[0].tolist(), dk[:, 0].tolist()
+
+    dx, dk = gradients()
+    np.testing.assert_allclose(dx, [-1.0, -0.2], rtol=1e-6)
+    np.testing.assert_allclose(dk, [2.5, 0.2], rtol=1e-6)
+    dx, dk = gradients(grad_x=("hardtanh", 4.0), grad_kernel="sign")
+    np.testing.assert_allclose(dx, [-1.0, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(dk, [1.0, 1.0], rtol=1e-6)
+
+
+@jax.numpy_dtype_promotion("standard")  # flax's LayerNorm itself promotes bfloat16 to float32
+def test_dense_bfloat16():
+    x = tokens().astype(jnp.bfloat16)
+    layer = AdderDense(6, dtype=jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x)
+    assert variables["params"]["adder_kernel"].dtype == jnp.float32
+    assert layer.apply(variables, x).dtype == jnp.bfloat16
+    raw = AdderDense(6, dtype=jnp.bfloat16, normalization="none")
+    assert (
+        raw.apply({"params": {"adder_kernel": variables["params"]["adder_kernel"]}}, x).dtype == jnp.float32
+    )
+
+
+def test_dense_rejects_an_unknown_normalization():
+    with pytest.raises(ValueError, match="normalization='batch'.*'layer', 'none'"):
+        AdderDense(3, normalization="batch").init(jax.random.key(0), jnp.zeros((1, 2)))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("config", [SMALL, MULTIPLY, VIT], ids=["adder", "multiply", "vit"])
+def test_attention_formula(config):
+    x = np.asarray(tokens(), np.float64)
+    module = AdderSelfAttention(config)
+    variables = random_params(module, tokens())
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+
+    def project(x, name):
+        layer = params[name]
+        y = adder(x, layer["adder_kernel"]) if "adder_kernel" in layer else x @ layer["kernel"]
+        y = y + layer.get("bias", 0.0)
+        return layer_norm(y) * layer["norm"]["scale"] + layer["norm"]["bias"] if "norm" in layer else y
+
+    q, k, v = (
+        project(x, name).reshape(2, 5, 2, 4).transpose(0, 2, 1, 3) for name in ("query", "key", "value")
+    )
+    if config.similarity == "l1":
+        logits = -np.abs(q[..., :, None, :] - k[..., None, :, :]).sum(-1) / np.sqrt(2 * 4 * (1 - 2 / np.pi))
+    else:
+        logits = q @ k.swapaxes(-1, -2) / np.sqrt(4)
+    weights = softmax(logits) + (np.eye(5) if config.identity else 0)
+    expected = project((weights @ v).transpose(0, 2, 1, 3).reshape(2, 5, 8), "out")
+    out, captured = module.apply(variables, tokens(), mutable=["intermediates"])
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(captured["intermediates"]["attention_weights"][0], weights, atol=1e-5)
+    np.testing.assert_allclose(module.apply(variables, tokens()), out, atol=1e-5)
+    assert ("bias" in params["query"]) == config.use_bias
+    assert ("norm" in params["out"]) == (config.normalization == "layer")
+
+
+def test_attention_does_not_mix_samples():
+    """A public adder ViT reshapes [B, S, E] to [1, E, B, S]: a token of one image then changes another."""
+    block = EncoderBlock(SMALL)
+    variables = random_params(block, tokens())
+    out = block.apply(variables, tokens())
+    changed = block.apply(variables, tokens().at[1].add(1.0))
+    np.testing.assert_array_equal(out[0], changed[0])
+    assert not np.allclose(out[1], changed[1])
+
+
+def test_attention_is_equivariant_to_token_order():
+    module = AdderSelfAttention(SMALL)
+    variables = random_params(module, tokens())
+    order = jnp.array([3, 1, 4, 0, 2])
+    np.testing.assert_allclose(
+        module.apply(variables, tokens()[:, order]),
+        module.apply(variables, tokens())[:, order],
+        atol=1e-5,
+    )
+
+
+def test_attention_mask_hides_keys():
+    module = AdderSelfAttention(SMALL)
+    variables = random_params(module, tokens())
+    causal = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+    out = module.apply(variables, tokens(), causal)
+    later = module.apply(variables, tokens().at[:, 3:].add(1.0), causal)
+    np.testing.assert_array_equal(out[:, :3], later[:, :3])
+    assert not np.allclose(out[:, 3:], later[:, 3:])
+
+
+def test_mlp_formula():
+    x = np.asarray(tokens(), np.float64)
+    module = AdderMlp(SMALL)
+    variables = module.init(jax.random.key(0), tokens())
+    hidden = layer_norm(adder(x, kernels(variables, "params", "fc1")))
+    assert hidden.shape[-1] == 12
+    gelu = np.asarray(nn.gelu(jnp.asarray(hidden, jnp.float32)), np.float64)
+    expected = layer_norm(adder(gelu, kernels(variables, "params", "fc2")))
+    np.testing.assert_allclose(module.apply(variables, tokens()), expected, atol=1e-4)
+
+
+def test_block_adds_both_residuals():
+    block = EncoderBlock(SMALL)
+    variables = random_params(block, tokens())
+    norm = nn.LayerNorm(epsilon=1e-6)
+
+    def part(name):
+        return {"params": variables["params"][name]}
+
+    x = tokens()
+    x = x + AdderSelfAttention(SMALL).apply(part("attention"), norm.apply(part("attention_norm"), x))
+    x = x + AdderMlp(SMALL).apply(part("mlp"), norm.apply(part("mlp_norm"), x))
+    np.testing.assert_allclose(block.apply(variables, tokens()), x, atol=1e-5)
+
+
+def test_stochastic_depth_drops_whole_branches_and_rescales():
+    config = dataclasses.replace(SMALL, drop_path_rate=0.5)
+    block, x = EncoderBlock(config), tokens((64, 5, 8))
+    variables = random_params(block, x)
+    out = block.apply(variables, x, True, rngs={"drop_path": jax.random.key(3)})
+    untouched = np.isclose(out, x, atol=1e-6).all(axis=(1, 2))
+    assert 4 <= untouched.sum() <= 30  # both branches dropped: a quarter of 64
+    np.testing.assert_array_equal(
+        block.apply(variables, x), EncoderBlock(SMALL).apply(variables, x)
+    )  # evaluation drops nothing
+
+    attention = AdderSelfAttention(config).apply(
+        {"params": variables["params"]["attention"]},
+        nn.LayerNorm(epsilon=1e-6).apply({"params": variables["params"]["attention_norm"]}, x),
+    )
+    mlp_dropped = np.isclose(out, x + 2 * attention, atol=1e-4).all(axis=(1, 2)) & ~untouched
+    assert mlp_dropped.any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"embed_dim": 10, "num_heads": 4}, "embed_dim=10 is not divisible by num_heads=4"),
+        ({"linear": "add"}, "linear='add' is not known; choose one of 'adder', 'multiply'"),
+        ({"similarity": "l2"}, "similarity='l2' is not known; choose one of 'l1', 'dot'"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
+        ({"dtype": "float64"}, "dtype='float64' is not known; choose one of 'float32', 'bfloat16'"),
+    ],
+)
+def test_config_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderConfig(**fields)
