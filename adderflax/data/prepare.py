@@ -1,0 +1,165 @@
+"""Downloads and prepares a tensorflow-datasets set: `python -m adderflax.data.prepare NAME`.
+
+This is the one place that needs TensorFlow, and it runs in a process of its own: what
+TensorFlow holds, and the downloads that may still be under way when one has failed, end with
+that process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from typing import TYPE_CHECKING, NoReturn
+from urllib import parse
+
+from adderflax.data.config import DatasetNotReadyError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+# tensorflow-datasets tries a dead connection for minutes; hosts are tried this long before.
+_CONNECT_SECONDS = 10
+_FAILED = 3
+
+
+def command(name: str, data_dir: str | None) -> str:
+    """Returns the command line that prepares a set."""
+    words = ["python", "-m", "adderflax.data.prepare", name]
+    return " ".join(words + ([f"--data_dir={data_dir}"] if data_dir else []))
+
+
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether a set is there: its directory only gets its name once all of it is written."""
+    return os.path.isfile(os.path.join(builder.data_path, "dataset_info.json"))
+
+
+def not_ready(name: str, data_dir: str | None, reason: str, remedy: str = "") -> NoReturn:
+    """Raises `DatasetNotReadyError` as one paragraph.
+
+    Args:
+      name: of the set.
+      data_dir: where it was looked for, None for the default place.
+      reason: what was missing, without a full stop.
+      remedy: what to do about it; by default, how to prepare the set.
+
+    Raises:
+      DatasetNotReadyError: always.
+    """
+    place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    remedy = remedy or (
+        f"On a machine with a network and TensorFlow, `{command(name, data_dir)}` downloads and "
+        f"prepares it once; the directory can be copied to machines that have neither."
+    )
+    raise DatasetNotReadyError(
+        f"The image set {name!r} is not ready in {place}: {reason}. {remedy} Meanwhile "
+        f"`python train.py --config configs/digits_adder_vit.py` runs at once, on real images "
+        f"that need no download."
+    )
+
+
+def prepare_in_child(name: str, data_dir: str | None) -> None:
+    """Prepares a set in a process of its own, with its progress shown on standard error.
+
+    Args:
+      name: of the set.
+      data_dir: where to, None for the default place of tensorflow-datasets.
+
+    Raises:
+      DatasetNotReadyError: with the reason, if that did not work.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        not_ready(name, data_dir, "preparing it needs TensorFlow, which is not installed here "
+                  "(`pip install tensorflow-cpu`)")
+    print(f"Preparing the image set {name}; this is done once.", file=sys.stderr, flush=True)
+    words = [sys.executable, "-m", "adderflax.data.prepare", name]
+    root = str(pathlib.Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH")
+    done = subprocess.run(
+        words + ([f"--data_dir={data_dir}"] if data_dir else []),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": root + os.pathsep + known if known else root},
+    )
+    if done.returncode:
+        reason = done.stdout.strip().rstrip(".")
+        not_ready(name, data_dir, reason or f"preparing it ended with code {done.returncode}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepares the set that the command line names; the reason of a failure goes to stdout."""
+    parser = argparse.ArgumentParser(
+        prog="python -m adderflax.data.prepare",
+        description="Download and prepare a tensorflow-datasets image set for training.",
+    )
+    parser.add_argument("name", help="such as cifar10 or imagenette/160px-v2")
+    parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    options = parser.parse_args(arguments)
+    try:
+        # tensorflow-datasets reports its progress on both streams.
+        with contextlib.redirect_stdout(sys.stderr):
+            _prepare(options.name, options.data_dir)
+    except KeyboardInterrupt:
+        print("it was interrupted")
+    except Exception as error:  # Whatever went wrong inside is told in one sentence.
+        print(_one_line(error))
+    else:
+        return 0
+    return _FAILED
+
+
+def _prepare(name: str, data_dir: str | None) -> None:
+    # TensorFlow must not take memory of an accelerator that trains; this comes before anything
+    # that could load it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow_datasets as tfds
+
+    if data_dir:
+        os.makedirs(data_dir, exist_ok=True)
+    builder = tfds.builder(name, data_dir=data_dir)
+    if not is_prepared(builder) and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        _require_network(builder.url_infos or {})
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    builder.download_and_prepare(file_format="array_record")
+
+
+def _require_network(urls: dict[str, object]) -> None:
+    """Checks that one address on each host of the set answers, with whatever status."""
+    import requests
+
+    hosts = {parse.urlsplit(url).netloc: url for url in urls if url.startswith("http")}
+    for host, url in hosts.items():
+        try:
+            requests.head(url, timeout=_CONNECT_SECONDS)
+        except requests.RequestException as error:
+            raise ConnectionError(
+                f"it has to be downloaded, and {host} cannot be reached from here "
+                f"({type(error).__name__})"
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ConnectionError):
+        return str(error)
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 600 else text[:600] + " ..."
+    return f"preparing it failed with {type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that still try to download would keep the interpreter from ending.
+    os._exit(code)
