@@ -1,0 +1,71 @@
+"""Classifies images with a trained workdir: ``python -m adderflax.predict WORKDIR IMAGE...``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from adderflax.data import normalize_batch, preprocess_image
+from adderflax.training.config import ConfigError
+from adderflax.training.restore import load_model
+from adderflax.training.workdir import WorkdirError
+
+
+def predict(workdir: str | Path, images: Sequence, *, best: bool = False) -> list[dict[str, float]]:
+    """Class probabilities of images.
+
+    Args:
+      workdir: the run's directory.
+      images: PIL images or uint8 arrays [H, W] or [H, W, C] of any size; each is converted, resized and
+        cropped as the run's evaluation does it.
+      best: use the checkpoint with the best validation accuracy instead of the newest.
+
+    Returns:
+      For each image a dictionary from class name to probability, the most probable first.
+
+    Raises:
+      WorkdirError: the directory holds no trained run.
+    """
+    model, variables, info = load_model(workdir, best=best)
+
+    @jax.jit
+    def probabilities(batch):
+        return jax.nn.softmax(model.apply(variables, normalize_batch(batch, info)))
+
+    # One image at a time compiles one shape, whatever the number of images.
+    rows = [np.asarray(probabilities(preprocess_image(image, info)[None]))[0] for image in images]
+    return [{info.class_names[i]: float(row[i]) for i in np.argsort(-row, kind="stable")} for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m adderflax.predict", description=__doc__)
+    parser.add_argument("workdir", help="directory of a trained run")
+    parser.add_argument("image", nargs="+", help="image files, of any format that Pillow reads")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to print (default 5)")
+    parser.add_argument("--best", action="store_true", help="use the best checkpoint, not the newest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object an image")
+    arguments = parser.parse_args(argv)
+    from absl import logging
+    from PIL import Image
+
+    logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened for reading is read-only
+    try:
+        images = [Image.open(path) for path in arguments.image]
+        results = predict(arguments.workdir, images, best=arguments.best)
+    except (OSError, ConfigError, WorkdirError) as error:
+        sys.exit(f"error: {error}")
+    for path, result in zip(arguments.image, results):
+        shown = dict(list(result.items())[: arguments.top])
+        if arguments.json:
+            print(json.dumps({"image": path, "probabilities": shown}))
+        else:
+            print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+
+
+if __name__ == "__main__":
+    main()

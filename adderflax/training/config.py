@@ -1,0 +1,212 @@
+"""The run's ConfigDict: one section per dataclass, so that every field has one home and one docstring.
+
+``default_config`` is what the files in ``configs/`` start from; ``RunConfig.parse`` turns the final
+ConfigDict, command line included, into typed and checked parts.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
+from adderflax.models import VisionTransformerConfig
+from adderflax.training.optimizer import OptimizerConfig
+
+_SECTIONS = {"data": DataConfig, "augment": AugmentConfig, "optimizer": OptimizerConfig}
+# These follow from the data set.
+_DERIVED_MODEL_FIELDS = ("image_size", "channels", "num_classes")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, with what to change."""
+
+
+def default_config(arithmetic: str = "adder") -> ConfigDict:
+    """A complete configuration for the embedded digits; config files change what they need.
+
+    Args:
+      arithmetic: value of `model.arithmetic`: "adder", "multiply", "vit" or "custom".
+
+    Returns:
+      A ConfigDict with the sections `data` (`adderflax.data.DataConfig`), `augment`
+      (`adderflax.data.AugmentConfig`), `optimizer` (`adderflax.training.optimizer.OptimizerConfig`), `model`
+      (`variant`, `arithmetic`, and every field of `adderflax.models.VisionTransformerConfig` that does not
+      follow from the data; unset means: as the variant and the preset say) and the fields of `RunConfig`.
+    """
+    config = ConfigDict(_section(RunConfig, skip=(*_SECTIONS, "model")))
+    for name, section in _SECTIONS.items():
+        config[name] = ConfigDict(_section(section))
+    config.model = ConfigDict({"variant": "digits", "arithmetic": arithmetic})
+    for name, type_ in _field_types(VisionTransformerConfig).items():
+        if name not in _DERIVED_MODEL_FIELDS:
+            config.model[name] = config_dict.placeholder(type_)
+    return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run, typed and checked.
+
+    Attributes:
+      seed: seed of initialization, batch order and augmentation.
+      batch_size: examples of one update, over all devices and accumulated parts.
+      epochs: passes over the training part; used where `total_steps` is unset.
+      total_steps: number of updates; overrides `epochs`.
+      eval_every: validate every so many steps; the last step always does.
+      checkpoint_every: save every so many steps; the last step and every new best always do.
+      log_every: write the training figures every so many steps.
+      accumulation_steps: cut each batch into so many parts and average their gradients.
+      ema_decay: decay of the average of the parameters that is evaluated; 0 evaluates the parameters.
+      keep_checkpoints: how many of the newest checkpoints are kept besides the best.
+      data: which images.
+      augment: training augmentation.
+      optimizer: optimizer and schedule.
+      model: variant, arithmetic and changed fields, as `VisionTransformerConfig.from_variant` takes them.
+    """
+
+    seed: int = 0
+    batch_size: int = 128
+    epochs: float = 100.0
+    total_steps: int | None = None
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    log_every: int = 50
+    accumulation_steps: int = 1
+    ema_decay: float = 0.0
+    keep_checkpoints: int = 2
+    data: DataConfig
+    augment: AugmentConfig
+    optimizer: OptimizerConfig
+    model: dict[str, Any]
+
+    def __post_init__(self):
+        minima = {
+            "seed": 0,
+            "batch_size": 1,
+            "eval_every": 1,
+            "checkpoint_every": 1,
+            "log_every": 1,
+            "accumulation_steps": 1,
+            "keep_checkpoints": 1,
+        }
+        if self.total_steps is not None:
+            minima["total_steps"] = 1
+        for name, minimum in minima.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {minimum}.")
+        if not self.epochs > 0:
+            raise ConfigError(f"epochs={self.epochs} must be greater than 0.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
+
+    @classmethod
+    def parse(cls, config: ConfigDict) -> "RunConfig":
+        """Checks a ConfigDict, or the plain dictionary it was saved as, and gives it types.
+
+        Raises:
+          ConfigError: a field is unknown or its value not allowed; the message names it.
+        """
+        values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+        values = {name: _plain(value) for name, value in values.items()}
+        try:
+            for name, section in _SECTIONS.items():
+                values[name] = section(**_known(section, values.get(name, {}), f"{name}."))
+            values["model"] = _model_fields(values.get("model", {}))
+            # Checks every field before any data is read; the patches of every variant divide 16 pixels.
+            trial_size = {"image_size": values["model"].get("patch_size") or 16}
+            VisionTransformerConfig.from_variant(**(values["model"] | trial_size))
+            return cls(**_known(cls, values, ""))
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"The configuration cannot be run: {error}") from error
+
+    def model_config(self, info: DatasetInfo) -> VisionTransformerConfig:
+        """The model's description for a data set.
+
+        Raises:
+          ConfigError: the variant's patches do not tile the data set's images.
+        """
+        derived = {
+            "image_size": info.image_size,
+            "channels": info.channels,
+            "num_classes": info.num_classes,
+        }
+        try:
+            return VisionTransformerConfig.from_variant(**(self.model | derived))
+        except ValueError as error:
+            raise ConfigError(
+                f"model.variant={self.model['variant']!r} does not fit the data set {info.name!r}: {error}"
+            ) from error
+
+    def num_steps(self, info: DatasetInfo) -> int:
+        """Number of updates of the run."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return max(round(self.epochs * info.train_examples / self.batch_size), 1)
+
+
+def _section(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        # An optional field needs a typed placeholder: flags on the command line are parsed by type.
+        optional = field.default is None
+        type_ = _field_types(cls)[field.name]
+        values[field.name] = config_dict.placeholder(type_) if optional else field.default
+    return values
+
+
+def _field_types(cls: type) -> dict[str, type]:
+    """The type in which each field is written in a ConfigDict: the first one of a union."""
+    types_ = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if isinstance(hint, types.UnionType):
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        types_[name] = typing.get_origin(hint) or hint
+    return types_
+
+
+def _model_fields(section: dict[str, Any]) -> dict[str, Any]:
+    section = {name: value for name, value in section.items() if value is not None}
+    for name in ("variant", "arithmetic"):
+        if name not in section:
+            raise ConfigError(f"model.{name} is not set; see `adderflax.models.VisionTransformerConfig`.")
+    for name in [name for name in section if name.startswith("grad_")]:
+        section[name] = _gradient_rule(name, section[name])
+    return section
+
+
+def _gradient_rule(name: str, text: str) -> str | tuple[str, float]:
+    """Reads "hardtanh:4" as ("hardtanh", 4.0): a ConfigDict field has one type."""
+    rule, colon, slope = text.partition(":")
+    if not colon:
+        return rule
+    try:
+        return rule, float(slope)
+    except ValueError:
+        raise ConfigError(
+            f"model.{name}={text!r} is not a gradient rule: after the colon stands the slope, a number, as"
+            " in 'hardtanh:4'."
+        ) from None
+
+
+def _known(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(
+            f"Unknown configuration field {', '.join(prefix + name for name in unknown)}; the fields there"
+            f" are {', '.join(fields)}."
+        )
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    # JSON and ConfigDict turn tuples into lists.
+    return tuple(value) if isinstance(value, list) else value

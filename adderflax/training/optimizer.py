@@ -1,0 +1,169 @@
+"""AdamW or SGD with what adder templates need, as one optax transformation."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer, schedule and the treatment of adder templates.
+
+    Attributes:
+      name: "adamw" or "sgd".
+      learning_rate: peak learning rate, reached at the end of the warm-up.
+      warmup_fraction: share of all steps over which the rate rises linearly from 0.
+      final_fraction: the cosine ends at this share of `learning_rate`.
+      weight_decay: decoupled from the gradient for "adamw", added to it for "sgd".
+      decay_adder: whether weight decay also pulls adder templates towards zero.
+      beta1: AdamW's decay of the first moment.
+      beta2: AdamW's decay of the second moment.
+      epsilon: AdamW's floor under the root of the second moment.
+      momentum: SGD's momentum.
+      nesterov: whether SGD's momentum is Nesterov's.
+      clip_norm: bound on the gradient's global L2 norm; 0 does not clip.
+      adder_multiplier: learning-rate multiplier of adder templates. None derives it. Adam moves every weight
+        by about the learning rate whatever the gradient's scale, so a weight's relative step is the rate
+        over the weight's deviation: 1/sqrt(fan_in) in a dense layer, 1 in N(0, 1) templates. The multiplier
+        sqrt(fan_in) of each template restores the dense layer's relative step. For SGD, None means 1.
+      adder_local_rate: AdderNet's adaptive local rate eta (0.2 in its code); 0 leaves it out. Applied to the
+        averaged gradient of each template tensor before momentum and weight decay. It sets the gradient's
+        scale itself, so it belongs with "sgd": Adam divides any constant scale out again.
+
+    Raises:
+      ValueError: a field has a value that is not allowed; the message names it.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.0
+    weight_decay: float = 0.05
+    decay_adder: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
+    clip_norm: float = 0.0
+    adder_multiplier: float | None = None
+    adder_local_rate: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer.name={self.name!r} is not known; choose one of {', '.join(OPTIMIZERS)}."
+            )
+        for name in ("warmup_fraction", "final_fraction", "beta1", "beta2", "momentum"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1].")
+        for name in ("learning_rate", "weight_decay", "clip_norm", "adder_local_rate", "epsilon"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be finite and not negative.")
+        if self.adder_multiplier is not None and not 0.0 <= self.adder_multiplier < math.inf:
+            raise ValueError(
+                f"optimizer.adder_multiplier={self.adder_multiplier} must be finite and not negative, or"
+                " unset for sqrt(fan_in)."
+            )
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Builds the optimizer for a run of `total_steps` updates.
+
+    Args:
+      config: the optimizer's configuration.
+      total_steps: number of updates; warm-up and cosine are fractions of it.
+
+    Returns:
+      The transformation, to be fed gradients that are already averaged over the whole batch, and the
+      schedule, a function of the update's index.
+    """
+    warmup_steps = round(config.warmup_fraction * total_steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=max(total_steps, 1),
+        end_value=config.final_fraction * config.learning_rate,
+    )
+    steps = []
+    if config.clip_norm:
+        steps.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.adder_local_rate:
+        steps.append(adaptive_local_rate(config.adder_local_rate))
+    decay = optax.add_decayed_weights(
+        config.weight_decay, mask=lambda params: decay_mask(params, config.decay_adder)
+    )
+    multiply = scale_adder_updates(config.adder_multiplier)
+    if config.name == "adamw":
+        steps.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+        # The multiplier corrects Adam's step; decay is a rate per step and needs no such correction.
+        steps += [multiply, decay]
+    else:
+        steps += [decay, optax.trace(config.momentum, nesterov=config.nesterov)]
+        if config.adder_multiplier is not None:
+            steps.append(multiply)
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule)), schedule
+
+
+def adaptive_local_rate(eta: float) -> optax.GradientTransformation:
+    """AdderNet's adaptive local learning rate: ``g <- eta sqrt(numel) g / max(||g||_2, 1e-12)``.
+
+    Applied to each adder template tensor, everything else passes unchanged. The official code does this
+    inside the backward pass, hence per device, before the gradients are averaged; here it sees the
+    averaged gradient, so the result does not depend on the number of devices or of accumulated parts.
+
+    Args:
+      eta: the rate, 0.2 in the official code.
+    """
+
+    def rescale(path, gradient):
+        if not is_adder_parameter(path):
+            return gradient
+        norm = jnp.maximum(jnp.linalg.norm(gradient.ravel()), 1e-12)
+        return gradient * (eta * math.sqrt(gradient.size) / norm)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rescale, updates))
+
+
+def scale_adder_updates(multiplier: float | None) -> optax.GradientTransformation:
+    """Multiplies the updates of adder templates, by sqrt(fan_in) of each template tensor where None.
+
+    Args:
+      multiplier: a factor for all adder templates, or None.
+    """
+
+    def rescale(path, update):
+        if not is_adder_parameter(path):
+            return update
+        # Templates are [..., in, out]; every axis but the last is summed over.
+        fan_in = math.prod(update.shape[:-1])
+        return update * (math.sqrt(fan_in) if multiplier is None else multiplier)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rescale, updates))
+
+
+def decay_mask(params: Any, decay_adder: bool) -> Any:
+    """True for the parameters that weight decay applies to: dense kernels and, if asked, adder templates."""
+
+    def decays(path, _):
+        return _leaf_name(path) == "kernel" or (decay_adder and is_adder_parameter(path))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def is_adder_parameter(path: tuple) -> bool:
+    """Whether a parameter's key path is that of adder templates, which are named ``adder_kernel``."""
+    return _leaf_name(path) == "adder_kernel"
+
+
+def _leaf_name(path: tuple) -> str:
+    return str(getattr(path[-1], "key", path[-1]))

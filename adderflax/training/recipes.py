@@ -1,0 +1,78 @@
+"""Training recipes that several configuration files share."""
+
+from ml_collections import ConfigDict
+
+from adderflax.training.config import default_config
+
+
+def deit(variant: str, arithmetic: str) -> ConfigDict:
+    """The recipe of DeiT on ImageNet at 224 pixels (Touvron et al. 2021, table 9), in bfloat16.
+
+    Left out: repeated augmentation, which draws each image three times into a batch.
+
+    Args:
+      variant: "Ti/16", "S/16" or "B/16".
+      arithmetic: "adder", "multiply", "vit" or "custom".
+    """
+    config = default_config(arithmetic)
+    config.data.name = "imagenet2012"
+    config.data.validation_fraction = 0.01
+    config.data.workers = 8
+    config.model.variant = variant
+    config.model.drop_path_rate = 0.1
+    config.model.dtype = "bfloat16"
+
+    config.batch_size = 1024
+    config.epochs = 300.0
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_fraction = 5 / 300
+    config.optimizer.final_fraction = 0.01
+    config.optimizer.weight_decay = 0.05
+
+    config.augment.random_resized_crop = True
+    config.augment.flip = True
+    config.augment.randaugment_layers = 2
+    config.augment.randaugment_magnitude = 9
+    config.augment.mixup_alpha = 0.8
+    config.augment.cutmix_alpha = 1.0
+    config.augment.erasing_probability = 0.25
+    config.augment.label_smoothing = 0.1
+
+    config.eval_every = 6250
+    config.checkpoint_every = 1250
+    config.log_every = 50
+    return config
+
+
+def cifar(name: str, arithmetic: str) -> ConfigDict:
+    """Training from scratch on 32-pixel images: a DeiT-Ti encoder on 4-pixel patches.
+
+    Args:
+      name: "cifar10" or "cifar100".
+      arithmetic: "adder", "multiply", "vit" or "custom".
+    """
+    config = default_config(arithmetic)
+    config.data.name = name
+    config.model.variant = "Ti/4"
+    config.model.drop_path_rate = 0.1
+
+    config.batch_size = 256
+    config.epochs = 200.0
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.final_fraction = 0.01
+    config.optimizer.weight_decay = 0.05
+    config.ema_decay = 0.999
+
+    config.augment.crop_padding = 4
+    config.augment.flip = True
+    config.augment.randaugment_layers = 2
+    config.augment.mixup_alpha = 0.8
+    config.augment.cutmix_alpha = 1.0
+    config.augment.erasing_probability = 0.25
+    config.augment.label_smoothing = 0.1
+
+    config.eval_every = 1760
+    config.checkpoint_every = 880
+    config.log_every = 50
+    return config

@@ -1,0 +1,199 @@
+"""The training state and the two compiled functions of a run: one update and one evaluation batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from adderflax.training import sharding
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything an update reads and writes.
+
+    Attributes:
+      step: int32 [], number of updates done.
+      params: parameters, float32.
+      opt_state: the optimizer's state.
+      ema_params: exponential moving average of `params`, or None where it is off.
+      key: typed PRNG key of the run; the update at step t uses ``fold_in(key, t)``.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema_params: Any
+    key: jax.Array
+
+    @property
+    def evaluated_params(self) -> Any:
+        """The parameters that evaluation and prediction use: the average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def init_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    with_ema: bool,
+    mesh: Mesh,
+) -> TrainState:
+    """Initializes the state on the mesh, replicated.
+
+    Args:
+      model: an image classifier with a `config` of image_size and channels.
+      optimizer: the optimizer.
+      seed: seed of the initialization and of everything random in the run.
+      with_ema: whether an average of the parameters is kept.
+      mesh: the devices.
+    """
+    return jax.jit(
+        lambda: _new_state(model, optimizer, seed, with_ema),
+        out_shardings=sharding.replicated(mesh),
+    )()
+
+
+def abstract_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    with_ema: bool,
+    mesh: Mesh,
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, without computing it: a target for restoring."""
+    shapes = jax.eval_shape(lambda: _new_state(model, optimizer, 0, with_ema))
+    placement = sharding.replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), shapes)
+
+
+def _new_state(model, optimizer, seed, with_ema) -> TrainState:
+    init_key, key = jax.random.split(jax.random.key(seed))
+    config = model.config
+    images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
+    params = model.init(init_key, images)["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if with_ema else None,
+        key=key,
+    )
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    *,
+    ema_decay: float = 0.0,
+    accumulation_steps: int = 1,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles one update over a whole batch; the state is donated.
+
+    Args:
+      model: an image classifier, called as ``model.apply(variables, images, train=True, rngs=...)``.
+      optimizer: fed the gradient of the mean loss over the whole batch.
+      augment: ``(key, images uint8, labels) -> (images float32, targets [B, num_classes])``.
+      ema_decay: decay of the parameters' average; 0 keeps none. It starts smaller, at
+        ``(1 + t) / (10 + t)``, so that the average forgets the initialization.
+      accumulation_steps: the batch is cut into this many parts whose gradients are averaged, to save
+        memory; the update is that of the whole batch.
+      mesh: the devices.
+
+    Returns:
+      ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy and gradient_norm.
+    """
+
+    def loss_and_hits(params, images, targets, key):
+        logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key})
+        losses = optax.softmax_cross_entropy(logits, targets)
+        hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
+        return jnp.mean(losses), jnp.mean(hits.astype(jnp.float32))
+
+    value_and_grad = jax.value_and_grad(loss_and_hits, has_aux=True)
+
+    def split(leaf):
+        # Part p takes rows p, p + parts, ...: a share of every device's rows, so nothing moves between them.
+        parts = leaf.reshape(-1, accumulation_steps, *leaf.shape[1:])
+        return jnp.swapaxes(parts, 0, 1)
+
+    def train_step(state: TrainState, batch: Batch):
+        augment_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        images, targets = augment(augment_key, batch["image"], batch["label"])
+        if accumulation_steps == 1:
+            (loss, accuracy), gradients = value_and_grad(state.params, images, targets, model_key)
+        else:
+
+            def accumulate(total, part):
+                return jax.tree.map(jnp.add, total, value_and_grad(state.params, *part)), None
+
+            keys = jax.random.split(model_key, accumulation_steps)
+            parts = (split(images), split(targets), keys)
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                jax.eval_shape(value_and_grad, state.params, *jax.tree.map(lambda leaf: leaf[0], parts)),
+            )
+            total, _ = jax.lax.scan(accumulate, zeros, parts)
+            (loss, accuracy), gradients = jax.tree.map(lambda leaf: leaf / accumulation_steps, total)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            t = state.step.astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, (1.0 + t) / (10.0 + t))
+            ema_params = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema_params, params)
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "gradient_norm": optax.tree.norm(gradients),
+        }
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
+        return state, metrics
+
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=(whole, whole))
+
+
+def make_eval_step(
+    model: nn.Module, normalize: Callable[[jax.Array], jax.Array], *, mesh: Mesh
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Compiles the evaluation of one batch.
+
+    Args:
+      model: an image classifier.
+      normalize: ``images uint8 -> images float32``.
+      mesh: the devices.
+
+    Returns:
+      ``(params, batch) -> sums`` over the rows, each weighted by the batch's "weight": "loss", "correct",
+      "correct_top5" and "examples".
+    """
+
+    def eval_step(params, batch: Batch):
+        logits = model.apply({"params": params}, normalize(batch["image"]))
+        labels, weight = batch["label"], batch["weight"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+        # Strictly larger logits only: the label's rank, 0 for a correct prediction.
+        rank = jnp.sum((logits > own).astype(jnp.int32), axis=-1)
+        # A tie between the label and an earlier class is argmax's call, as in every framework's top-1.
+        correct = jnp.argmax(logits, axis=-1) == labels
+        return {
+            "loss": jnp.sum(losses * weight),
+            "correct": jnp.sum(correct.astype(jnp.float32) * weight),
+            "correct_top5": jnp.sum((rank < 5).astype(jnp.float32) * weight),
+            "examples": jnp.sum(weight),
+        }
+
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(eval_step, in_shardings=(whole, rows), out_shardings=whole)

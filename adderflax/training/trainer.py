@@ -1,0 +1,246 @@
+"""The training loop: model, data, optimizer, checkpoints and figures composed, and nothing else."""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from adderflax import data as data_lib
+from adderflax.models import VisionTransformer
+from adderflax.training import sharding
+from adderflax.training import workdir as workdir_lib
+from adderflax.training.checkpoints import Checkpointer
+from adderflax.training.config import ConfigError, RunConfig
+from adderflax.training.metrics import MetricsWriter
+from adderflax.training.optimizer import make_optimizer
+from adderflax.training.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+from adderflax.training.steplog import StepLog
+from adderflax.training.workdir import WorkdirError
+
+
+class Trainer:
+    """A run's parts, built once from its configuration: what `train` and `evaluate` share.
+
+    Attributes:
+      config: the typed configuration.
+      dataset: the images.
+      model: the Linen module.
+      total_steps: number of updates of the whole run.
+      mesh: the local devices.
+    """
+
+    def __init__(self, config: ConfigDict | dict[str, Any]):
+        """Builds the parts.
+
+        Raises:
+          ConfigError: the configuration cannot be run.
+          adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
+        """
+        self.config = RunConfig.parse(config)
+        self.mesh = sharding.make_mesh()
+        try:
+            sharding.require_divisible(self.config.batch_size, self.mesh, self.config.accumulation_steps)
+            self.dataset = data_lib.load_dataset(self.config.data)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.model = VisionTransformer(self.config.model_config(self.dataset.info))
+        self.total_steps = self.config.num_steps(self.dataset.info)
+        self.optimizer, self._schedule = make_optimizer(self.config.optimizer, self.total_steps)
+        self._state_options = {"with_ema": self.config.ema_decay > 0, "mesh": self.mesh}
+        info, augment = self.dataset.info, self.config.augment
+        self.train_step = make_train_step(
+            self.model,
+            self.optimizer,
+            lambda key, images, labels: data_lib.augment_batch(
+                key, images, labels, config=augment, info=info
+            ),
+            ema_decay=self.config.ema_decay,
+            accumulation_steps=self.config.accumulation_steps,
+            mesh=self.mesh,
+        )
+        self.eval_step = make_eval_step(
+            self.model, lambda images: data_lib.normalize_batch(images, info), mesh=self.mesh
+        )
+
+    def new_state(self) -> TrainState:
+        """The state at step 0."""
+        return init_state(self.model, self.optimizer, seed=self.config.seed, **self._state_options)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state, to restore into."""
+        return abstract_state(self.model, self.optimizer, **self._state_options)
+
+    def train_batches(self) -> Any:
+        """The endless, checkpointable grain iterator over training batches."""
+        try:
+            return data_lib.train_iterator(
+                self.dataset,
+                self.config.data,
+                self.config.augment,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the update that follows `step` updates."""
+        return float(self._schedule(step))
+
+    def evaluate(self, state: TrainState, part: str) -> dict[str, float]:
+        """Figures of the evaluated parameters over "validation" or "test", every image counted once.
+
+        Returns:
+          ``{part}_loss`` in nats, ``{part}_accuracy`` in 0..1, ``{part}_accuracy_top5`` above ten classes,
+          and ``{part}_examples``.
+        """
+        # A batch of evaluation divides over the devices; what pads it has weight 0.
+        batch_size = math.ceil(self.config.batch_size / self.mesh.size) * self.mesh.size
+        sums = [
+            self.eval_step(state.evaluated_params, sharding.put_batch(batch, self.mesh))
+            for batch in data_lib.evaluation_batches(
+                self.dataset, part, self.config.data, batch_size=batch_size
+            )
+        ]
+        total = {name: math.fsum(float(batch[name]) for batch in sums) for name in sums[0]}
+        figures = {
+            f"{part}_loss": total["loss"] / total["examples"],
+            f"{part}_accuracy": total["correct"] / total["examples"],
+            f"{part}_examples": round(total["examples"]),
+        }
+        if self.dataset.info.num_classes > 10:
+            figures[f"{part}_accuracy_top5"] = total["correct_top5"] / total["examples"]
+        return figures
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """`evaluate` on the validation part; empty where the configuration cuts none."""
+        return self.evaluate(state, "validation") if self.dataset.validation is not None else {}
+
+
+def train(
+    config: ConfigDict, workdir: str | Path, *, extend: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Trains a run to its end, from wherever its workdir is, and evaluates it once on the test split.
+
+    Args:
+      config: the run, as `adderflax.training.config.default_config` lays it out.
+      workdir: its directory; a run that is there is resumed.
+      extend: accept another number of steps than the workdir was begun with.
+      progress: whether to draw a progress bar.
+
+    Returns:
+      The summary, which is also written to ``summary.json``.
+
+    Raises:
+      ConfigError: the configuration cannot be run.
+      adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
+      adderflax.training.workdir.WorkdirError: the workdir cannot be written or holds another run.
+      DivergenceError: the loss or the gradient became infinite or NaN.
+    """
+    started = time.monotonic()
+    trainer = Trainer(config)
+    run, total = trainer.config, trainer.total_steps
+    plain = config.to_dict() if isinstance(config, ConfigDict) else config
+    workdir = workdir_lib.open_workdir(workdir, plain, extend=extend)
+    workdir_lib.write_info(workdir, trainer.dataset.info)
+
+    with (
+        contextlib.closing(trainer.train_batches()) as batches,
+        Checkpointer(workdir, keep_latest=run.keep_checkpoints) as checkpointer,
+    ):
+        first = checkpointer.latest_step or 0
+        if first >= total and (summary := workdir_lib.read_summary(workdir, steps=total)):
+            print(f"Finished at step {total}, nothing left to do", flush=True)
+            print(_line(total, summary), flush=True)
+            return summary
+        if first:
+            state = checkpointer.restore(trainer.abstract_state(), batches)
+            print(f"Resumed from step {first}", flush=True)
+        else:
+            state = trainer.new_state()
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)
+        with (
+            MetricsWriter(workdir, first) as writer,
+            StepLog(
+                writer,
+                first=first,
+                total=total,
+                batch_size=run.batch_size,
+                log_every=run.log_every,
+                learning_rate=trainer.learning_rate,
+                progress=progress,
+            ) as log,
+        ):
+            for step in range(first + 1, total + 1):
+                batch = next(batches)
+                state, metrics = trainer.train_step(state, sharding.put_batch(batch, trainer.mesh))
+                log.push(step, metrics, batch["index"])
+                evaluates = step == total or step % run.eval_every == 0
+                if not evaluates and step % run.checkpoint_every:
+                    continue
+                # Nothing that is not finite is ever saved: this raises first.
+                log.flush()
+                with log.paused():
+                    scores = trainer.validate(state) if evaluates else {}
+                    if scores:
+                        writer.write(step, **scores)
+                        log.note(_line(step, scores))
+                    checkpointer.save(step, state, batches, scores or None)
+        checkpointer.wait()
+        best_step = checkpointer.best_step
+
+    summary = trainer.evaluate(state, "test") | {
+        "steps": total,
+        "best_step": best_step,
+        "parameters": parameters,
+        "images_per_second": log.images_per_second,
+        "seconds": time.monotonic() - started,
+        "devices": [device.device_kind for device in jax.devices()],
+        "config": plain,
+    }
+    workdir_lib.write_summary(workdir, summary)
+    print(_line(total, summary), flush=True)
+    return summary
+
+
+def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, float]:
+    """Evaluates a workdir's newest checkpoint on the test split.
+
+    Args:
+      workdir: the run's directory.
+      config: the run's configuration; None reads the one that the directory was begun with.
+
+    Returns:
+      steps, test_loss, test_accuracy, test_examples, and test_accuracy_top5 above ten classes.
+
+    Raises:
+      WorkdirError: the directory holds no run, another run, or no checkpoint yet.
+    """
+    saved = workdir_lib.read_config(workdir)
+    if config is not None:
+        workdir_lib.require_same(workdir, config.to_dict())
+    trainer = Trainer(saved if config is None else config)
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        if checkpointer.latest_step is None:
+            raise WorkdirError(
+                f"{Path(workdir).absolute()} has no complete checkpoint yet, so there is nothing to evaluate."
+                " Train first: the same command without --eval_only."
+            )
+        state = checkpointer.restore_state(trainer.abstract_state())
+    return {"steps": int(state.step)} | trainer.evaluate(state, "test")
+
+
+def _line(step: int, figures: dict[str, Any]) -> str:
+    shown = (f"{name} {figures[name]:.4f}" for name in figures if name.endswith(("loss", "accuracy")))
+    return f"step {step}: {', '.join(shown)}"

@@ -1,0 +1,144 @@
+"""A run's directory: its configuration, its data set's description, and whether a run may go on in it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from adderflax.data import DatasetInfo
+
+# What may differ between the run that began a workdir and the one that goes on in it: where the data lies,
+# how fast it is read, how often figures are written. Everything else changes what is computed.
+_FREE_FIELDS = {
+    "data.data_dir",
+    "data.workers",
+    "data.cache",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "model.remat",
+    "model.implementation",
+}
+
+
+class WorkdirError(RuntimeError):
+    """A workdir that cannot be used for what was asked, with what to do."""
+
+
+def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = False) -> Path:
+    """Creates the directory, or checks that a run of this configuration may go on in it.
+
+    Args:
+      workdir: the run's directory.
+      config: the configuration as a plain dictionary of JSON values.
+      extend: accept another number of steps than the one the directory was begun with.
+
+    Returns:
+      The absolute path, with ``config.json`` up to date.
+
+    Raises:
+      WorkdirError: the directory cannot be written, or holds a run of another configuration.
+    """
+    path = Path(workdir).absolute()
+    file = path / "config.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(
+            f"The workdir {path} cannot be written ({error.strerror or error}): checkpoints and figures go"
+            " there. Choose another with --workdir, or change its permissions."
+        ) from error
+    if file.exists():
+        require_same(path, config, extend=extend)
+    elif (path / "checkpoints").exists():
+        raise WorkdirError(
+            f"The workdir {path} has checkpoints but no config.json, so nothing says which model they belong"
+            " to. Choose another with --workdir, or restore its config.json."
+        )
+    _write_json(file, config)
+    return path
+
+
+def read_config(workdir: str | Path) -> dict[str, Any]:
+    """The configuration that a workdir was begun with.
+
+    Raises:
+      WorkdirError: there is none, or it cannot be read.
+    """
+    return _read_json(workdir, "config.json")
+
+
+def write_info(workdir: Path, info: DatasetInfo) -> None:
+    """Stores the data set's description, with which images are prepared for this run's model."""
+    _write_json(workdir / "dataset.json", dataclasses.asdict(info))
+
+
+def read_info(workdir: str | Path) -> DatasetInfo:
+    """The description that `write_info` stored."""
+    return DatasetInfo(**_read_json(workdir, "dataset.json"))
+
+
+def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
+    """Stores the run's final figures in ``summary.json``."""
+    _write_json(workdir / "summary.json", summary)
+
+
+def read_summary(workdir: Path, *, steps: int) -> dict[str, Any] | None:
+    """The figures that `write_summary` stored for a run of so many steps, or None."""
+    if not (workdir / "summary.json").exists():
+        return None
+    summary = _read_json(workdir, "summary.json")
+    return summary if summary["steps"] == steps else None
+
+
+def require_same(workdir: str | Path, config: dict[str, Any], *, extend: bool = False) -> None:
+    """Raises WorkdirError unless the workdir's run computes what `config` describes (see `open_workdir`)."""
+    path, old = Path(workdir).absolute(), read_config(workdir)
+    free = _FREE_FIELDS | ({"total_steps", "epochs"} if extend else set())
+    old, new = _flatten(old), _flatten(json.loads(json.dumps(config)))
+    differing = [
+        f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)"
+        for name in sorted(old.keys() | new.keys())
+        if name not in free and old.get(name) != new.get(name)
+    ]
+    if not differing:
+        return
+    lengthens = all(text.split(" ")[0] in ("total_steps", "epochs") for text in differing)
+    raise WorkdirError(
+        f"The workdir {path} holds a run of another configuration: {'; '.join(differing)}. Choose another"
+        " directory with --workdir, give the same configuration to resume that run, or delete the directory."
+        + (" To go on with another number of steps, add --extend." if lengthens else "")
+    )
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _read_json(workdir: str | Path, name: str) -> Any:
+    file = Path(workdir) / name
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise WorkdirError(
+            f"{Path(workdir).absolute()} is not a run's workdir: it has no {name}. Give the directory that"
+            " train.py --workdir was given; train.py prints it when it starts."
+        ) from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise WorkdirError(f"{file} cannot be read: {error}.") from error
+
+
+def _write_json(file: Path, value: Any) -> None:
+    scratch = file.with_suffix(".json.tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    scratch.replace(file)

@@ -1,0 +1,98 @@
+"""Every configuration file: it parses in every arithmetic and its docstring tells how to run it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from adderflax.data import DatasetInfo
+from adderflax.models.vit import PRESETS
+from adderflax.training.config import ConfigError, RunConfig, default_config
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+# What each set's images look like, so that no data is needed here.
+SETS = {"digits": (8, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100)}
+
+
+def load(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def describe(name):
+    size, channels, classes = SETS.get(name, (224, 3, 1000))
+    return DatasetInfo(
+        name=name,
+        num_classes=classes,
+        class_names=tuple(map(str, range(classes))),
+        image_size=size,
+        channels=channels,
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+        eval_resize=None,
+        train_examples=1000,
+        validation_examples=100,
+        test_examples=100,
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("arithmetic", PRESETS)
+def test_config_describes_a_run(file, arithmetic):
+    module = load(file)
+    run = RunConfig.parse(module.get_config(arithmetic))
+    model = run.model_config(describe(run.data.name))
+    assert all(getattr(model, name) == value for name, value in PRESETS[arithmetic].items())
+    assert f"python train.py --config configs/{file.name}" in module.__doc__
+    for word in ("Hardware:", "Accuracy and time:", ":multiply", ":vit"):
+        assert word in module.__doc__
+    assert module.get_config().model.arithmetic == "adder"
+
+
+def test_the_fixed_fields_are_there():
+    config = default_config()
+    for name in (
+        "seed batch_size epochs total_steps eval_every checkpoint_every log_every data.name data.data_dir"
+        " model.variant model.arithmetic model.similarity model.identity"
+    ).split():
+        node = config
+        for part in name.split("."):
+            assert part in node, name
+            node = node[part]
+
+
+def test_unset_fields_take_the_type_of_their_first_value():
+    config = default_config()
+    config.total_steps = 5
+    config.model.identity = False
+    config.model.similarity = "dot"
+    run = RunConfig.parse(config)
+    assert run.num_steps(describe("digits")) == 5
+    assert run.model == {
+        "variant": "digits",
+        "arithmetic": "adder",
+        "identity": False,
+        "similarity": "dot",
+    }
+    with pytest.raises(TypeError):
+        config.total_steps = "many"
+
+
+def test_steps_follow_from_epochs():
+    config = default_config()
+    config.epochs, config.batch_size = 3.0, 100
+    assert RunConfig.parse(config).num_steps(describe("digits")) == 30
+
+
+def test_custom_names_what_is_missing():
+    config = default_config("custom")
+    with pytest.raises(ConfigError, match="arithmetic='custom'.*missing: linear"):
+        RunConfig.parse(config)
+
+
+def test_unknown_fields_in_a_saved_configuration():
+    saved = default_config().to_dict() | {"momentum": 1}
+    with pytest.raises(ConfigError, match="Unknown configuration field momentum"):
+        RunConfig.parse(saved)

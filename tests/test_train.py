@@ -1,0 +1,109 @@
+"""train.py and predict from the command line, as a user types them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--config.model.depth=1", "--config.model.embed_dim=16", "--config.model.patch_size=4"]
+
+
+def command(*arguments, **keywords):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return dict(args=[sys.executable, *arguments], cwd=ROOT, env=environment, text=True) | keywords
+
+
+def run(*arguments):
+    return subprocess.run(**command(*arguments), capture_output=True)
+
+
+def error(*arguments):
+    """The one paragraph that a mistake ends in."""
+    done = run("train.py", *arguments)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def digits(*arguments):
+    return ["train.py", "--config", "configs/digits_adder_vit.py", *SMALL, *arguments]
+
+
+def test_train_kill_resume_evaluate_predict(tmp_path):
+    workdir = tmp_path / "run"
+    arguments = digits(
+        f"--workdir={workdir}",
+        "--config.total_steps=400",
+        "--config.checkpoint_every=20",
+        "--config.eval_every=400",
+        "--config.log_every=10",
+    )
+    process = subprocess.Popen(**command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    checkpoints = workdir / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints.exists() and any(p.name.isdigit() for p in checkpoints.iterdir())):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "summary.json").exists()
+
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resumed from step " in resumed.stdout
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["steps"] == 400 and summary["test_examples"] == 359
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
+    assert steps == sorted(steps) and steps[0] == 10 and steps[-1] == 400
+
+    evaluated = run("train.py", f"--workdir={workdir}", "--eval_only")
+    assert json.loads(evaluated.stdout)["test_accuracy"] == summary["test_accuracy"], evaluated.stderr
+
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "black.png")
+    predicted = run(
+        "-m", "adderflax.predict", str(workdir), str(tmp_path / "black.png"), "--json", "--top=10"
+    )
+    probabilities = json.loads(predicted.stdout)["probabilities"]
+    assert sorted(probabilities) == [str(digit) for digit in range(10)], predicted.stderr
+    assert abs(sum(probabilities.values()) - 1) < 1e-5
+    assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+
+    missing = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "none.png"))
+    assert missing.returncode == 1 and "none.png" in missing.stderr and "Traceback" not in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.modle.identity=False"], "no field 'modle'. Did you mean 'model'?"),
+        (["--config.seed=abc"], "--config.seed=abc: invalid literal for int()"),
+        (["--config.model.arithmetic=add"], "arithmetic='add' is not known; choose one of 'adder'"),
+        (["--config.data.image_size=9"], "image_size=9 is not a multiple of patch_size=4"),
+        (["--config.batch_size=5000"], "batch_size=5000"),
+        (["--workdir=/proc/run"], "The workdir /proc/run cannot be written"),
+    ],
+)
+def test_mistakes(arguments, expected):
+    assert expected in error(*digits(*arguments)[1:])
+
+
+def test_missing_configuration():
+    assert "--config is missing" in error()
+    assert "no_such.py" in error("--config", "configs/no_such.py")
+
+
+def test_missing_data_set(tmp_path):
+    message = error("--config", "configs/cifar10_adder_vit.py", f"--config.data.data_dir={tmp_path}")
+    assert "cifar10" in message and "configs/digits_adder_vit.py" in message
+
+
+def test_a_workdir_without_a_run(tmp_path):
+    assert "is not a run's workdir" in error(f"--workdir={tmp_path}", "--eval_only")

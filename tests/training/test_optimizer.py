@@ -1,0 +1,159 @@
+"""The optimizer: AdderNet's local rate, the template multiplier, decay masks, schedule, order of parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adderflax.training.optimizer import (
+    OptimizerConfig,
+    adaptive_local_rate,
+    decay_mask,
+    make_optimizer,
+    scale_adder_updates,
+)
+
+PARAMS = {
+    "query": {"adder_kernel": jnp.ones((16, 4)), "norm": {"scale": jnp.ones(4), "bias": jnp.ones(4)}},
+    "head": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+    "class_token": jnp.ones((1, 1, 4)),
+}
+
+
+def gradients(seed=0):
+    leaves, tree = jax.tree.flatten(PARAMS)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)])
+
+
+def first_update(config, grads, total_steps=10):
+    optimizer, _ = make_optimizer(config, total_steps)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    return updates
+
+
+def test_local_rate_is_addernets_formula():
+    grads = gradients()
+    scaled, _ = adaptive_local_rate(0.2).update(grads, optax.EmptyState())
+    g = np.asarray(grads["query"]["adder_kernel"], np.float64)
+    expected = g / np.linalg.norm(g) * np.sqrt(g.size) / 5
+    np.testing.assert_allclose(scaled["query"]["adder_kernel"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(scaled["head"]["kernel"], grads["head"]["kernel"])
+
+
+def test_local_rate_of_a_vanished_gradient_is_zero():
+    """A public port has no floor under the norm: 0/0 = NaN."""
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    scaled, _ = adaptive_local_rate(0.2).update(zeros, optax.EmptyState())
+    np.testing.assert_array_equal(scaled["query"]["adder_kernel"], 0.0)
+
+
+def test_local_rate_ignores_the_loss_scale():
+    """AdderNet normalizes in the backward pass, where a scaled loss cannot be unscaled again."""
+    a, _ = adaptive_local_rate(0.2).update(gradients(), optax.EmptyState())
+    b, _ = adaptive_local_rate(0.2).update(
+        jax.tree.map(lambda g: 1024.0 * g, gradients()), optax.EmptyState()
+    )
+    np.testing.assert_allclose(a["query"]["adder_kernel"], b["query"]["adder_kernel"], rtol=1e-6)
+
+
+def test_multiplier_defaults_to_the_root_of_fan_in():
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    derived, _ = scale_adder_updates(None).update(ones, optax.EmptyState())
+    np.testing.assert_array_equal(derived["query"]["adder_kernel"], 4.0)
+    np.testing.assert_array_equal(derived["head"]["kernel"], 1.0)
+    given, _ = scale_adder_updates(10.0).update(ones, optax.EmptyState())
+    np.testing.assert_array_equal(given["query"]["adder_kernel"], 10.0)
+    np.testing.assert_array_equal(given["query"]["norm"]["scale"], 1.0)
+
+
+def test_adam_steps_are_of_equal_relative_size():
+    """The reason for the multiplier: step over deviation is the same for N(0, 1) and 1/sqrt(fan_in)."""
+    config = OptimizerConfig(learning_rate=0.01, warmup_fraction=0.0, weight_decay=0.0)
+    params = {"a": {"adder_kernel": jnp.ones((64, 8))}, "d": {"kernel": jnp.ones((64, 8))}}
+    optimizer, _ = make_optimizer(config, 10)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    relative_adder = np.abs(updates["a"]["adder_kernel"]).mean() / 1.0
+    relative_dense = np.abs(updates["d"]["kernel"]).mean() / (1 / np.sqrt(64))
+    np.testing.assert_allclose(relative_adder, relative_dense, rtol=1e-5)
+
+
+def test_decay_mask():
+    mask = decay_mask(PARAMS, decay_adder=False)
+    assert mask["head"] == {"kernel": True, "bias": False}
+    assert mask["query"] == {"adder_kernel": False, "norm": {"scale": False, "bias": False}}
+    assert mask["class_token"] is False
+    assert decay_mask(PARAMS, decay_adder=True)["query"]["adder_kernel"] is True
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_decay_is_not_multiplied(name):
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, warmup_fraction=0.0, weight_decay=0.5, decay_adder=True
+    )
+    updates = first_update(config, zeros)
+    np.testing.assert_allclose(updates["query"]["adder_kernel"], -0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["head"]["bias"], 0.0)
+
+
+def test_sgd_with_local_rate_is_the_official_step():
+    config = OptimizerConfig(
+        name="sgd",
+        learning_rate=0.1,
+        warmup_fraction=0.0,
+        weight_decay=5e-4,
+        decay_adder=True,
+        adder_local_rate=0.2,
+    )
+    optimizer, _ = make_optimizer(config, 10**9)  # so long that the cosine stands still
+    state, params = optimizer.init(PARAMS), PARAMS
+    w, velocity = np.ones((16, 4)), 0.0
+    for seed in range(3):
+        grads = gradients(seed)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        g = np.asarray(grads["query"]["adder_kernel"], np.float64)
+        g = g / np.linalg.norm(g) * np.sqrt(g.size) / 5 + 5e-4 * w
+        velocity = 0.9 * velocity + g
+        w = w - 0.1 * velocity
+    np.testing.assert_allclose(params["query"]["adder_kernel"], w, rtol=1e-5)
+
+
+def test_clipping_bounds_the_global_norm():
+    config = OptimizerConfig(
+        name="sgd", learning_rate=1.0, warmup_fraction=0.0, weight_decay=0.0, momentum=0.0, clip_norm=0.5
+    )
+    np.testing.assert_allclose(optax.tree.norm(first_update(config, gradients())), 0.5, rtol=1e-5)
+
+
+def test_schedule_warms_up_then_falls():
+    _, schedule = make_optimizer(
+        OptimizerConfig(learning_rate=2.0, warmup_fraction=0.1, final_fraction=0.25), total_steps=100
+    )
+    assert float(schedule(0)) == 0.0
+    np.testing.assert_allclose([schedule(5), schedule(10), schedule(100)], [1.0, 2.0, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(schedule(55), 0.5 * (2.0 + 0.5), rtol=1e-6)
+
+
+def test_no_warmup_starts_at_the_peak():
+    _, schedule = make_optimizer(OptimizerConfig(learning_rate=2.0, warmup_fraction=0.0), total_steps=1)
+    assert float(schedule(0)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "adam"}, "optimizer.name='adam' is not known; choose one of adamw, sgd"),
+        ({"warmup_fraction": 1.5}, r"optimizer.warmup_fraction=1.5 must lie in \[0, 1\]"),
+        ({"learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
+        ({"learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
+        ({"adder_multiplier": -2.0}, "optimizer.adder_multiplier=-2.0"),
+    ],
+)
+def test_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**fields)

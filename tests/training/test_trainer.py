@@ -1,0 +1,280 @@
+"""The loop: it learns, resumes bit for bit, stops on divergence, evaluates every image once."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adderflax.training import sharding, trainer
+from adderflax.training.config import ConfigError, default_config
+from adderflax.training.metrics import read_metrics
+from adderflax.training.restore import load_model
+from adderflax.training.steplog import DivergenceError
+from adderflax.training.trainer import Trainer, evaluate, train
+from adderflax.training.workdir import WorkdirError
+
+
+def small_config(**fields):
+    """A run on the real digits that takes seconds: one block of width 16 on 4-pixel patches."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "batch_size": 32,
+            "total_steps": 6,
+            "eval_every": 4,
+            "checkpoint_every": 2,
+            "log_every": 1,
+            "ema_decay": 0.9,
+            "model.patch_size": 4,
+            "model.embed_dim": 16,
+            "model.num_heads": 2,
+            "model.depth": 1,
+            # Compiles in a third of the time; what is about the operators asks for the default.
+            "model.implementation": "reference",
+            "augment.crop_padding": 1,
+        }
+        | fields
+    )
+    return config
+
+
+def lines(workdir):
+    """The log without what differs between runs: the speed."""
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_metrics(workdir)]
+
+
+def leaves(workdir, config):
+    _, variables, _ = load_model(workdir)
+    return jax.tree.leaves(variables)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run of `small_config`."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with jax.numpy_dtype_promotion("standard"):
+        return workdir, train(small_config(), workdir, progress=False)
+
+
+def test_summary_and_log(finished):
+    workdir, summary = finished
+    assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["steps"] == 6 and summary["test_examples"] == 359
+    assert summary["images_per_second"] > 0 and summary["seconds"] > 0
+    assert summary["config"]["model"]["arithmetic"] == "adder"
+    _, variables, _ = load_model(workdir)
+    assert summary["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(variables))
+    log = lines(workdir)
+    assert [line["step"] for line in log if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+    evaluations = [line for line in log if "validation_accuracy" in line]
+    assert [line["step"] for line in evaluations] == [4, 6]
+    assert all(line["validation_examples"] == 144 and line["validation_loss"] > 0 for line in evaluations)
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_it_learns(tmp_path):
+    fields = {"optimizer.learning_rate": 0.01, "model.embed_dim": 32, "augment.crop_padding": 0}
+    steps = {"model.implementation": None, "total_steps": 150, "eval_every": 150, "checkpoint_every": 150}
+    summary = train(small_config(**fields, **steps), tmp_path, progress=False)
+    losses = [line["train_loss"] for line in read_metrics(tmp_path) if "train_loss" in line]
+    assert np.mean(losses[-10:]) < 0.3 * np.mean(losses[:10])
+    assert summary["test_accuracy"] > 0.8
+
+
+def watch_updates(patch, before=lambda state, batch: None, after=lambda state, metrics: (state, metrics)):
+    """Calls `before` and `after` around every update of the trainers built while patched."""
+    make_train_step = trainer.make_train_step
+
+    def watched(*arguments, **keywords):
+        update = make_train_step(*arguments, **keywords)
+
+        def run(state, batch):
+            before(state, batch)
+            return after(*update(state, batch))
+
+        return run
+
+    patch.setattr(trainer, "make_train_step", watched)
+
+
+class Killed(BaseException):
+    """Not an Exception, like KeyboardInterrupt: nothing in the loop may swallow it."""
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_resume_is_bit_equal(finished, tmp_path, monkeypatch, capsys, at):
+    """Killed before computing update `at`, then run again: the same bits as the undisturbed run."""
+
+    def killing(state, batch):
+        if int(state.step) + 1 == at:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        watch_updates(patch, before=killing)
+        train(small_config(), tmp_path, progress=False)
+    resumed = train(small_config(), tmp_path, progress=False)
+
+    saved = (at - 1) // 2 * 2
+    assert (f"Resumed from step {saved}" in capsys.readouterr().out) == (saved > 0)
+    undisturbed, summary = finished
+    for ours, theirs in zip(leaves(tmp_path, small_config()), leaves(undisturbed, small_config())):
+        np.testing.assert_array_equal(ours, theirs)
+    assert lines(tmp_path) == lines(undisturbed)
+    assert resumed["test_loss"] == summary["test_loss"]
+
+
+def test_a_finished_run_is_not_run_again(finished, capsys):
+    workdir, summary = finished
+    assert train(small_config(), workdir, progress=False) == json.loads(json.dumps(summary))
+    assert "Finished at step 6" in capsys.readouterr().out
+
+
+def test_evaluate_a_workdir(finished):
+    workdir, summary = finished
+    figures = evaluate(workdir)
+    assert figures == {name: summary[name] for name in figures}
+    with pytest.raises(WorkdirError, match="seed"):
+        evaluate(workdir, small_config(seed=5))
+
+
+def test_extending_needs_the_flag(finished, tmp_path):
+    train(small_config(total_steps=2), tmp_path, progress=False)
+    with pytest.raises(WorkdirError, match="total_steps.*--extend"):
+        train(small_config(total_steps=4), tmp_path, progress=False)
+    assert train(small_config(total_steps=4), tmp_path, extend=True, progress=False)["steps"] == 4
+
+
+def test_a_workdir_of_another_model_is_refused(finished):
+    workdir, _ = finished
+    with pytest.raises(WorkdirError, match=r"model.arithmetic \('adder' there, 'multiply' now\)"):
+        config = small_config()
+        config.model.arithmetic = "multiply"
+        train(config, workdir, progress=False)
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    def breaking(state, metrics):
+        if int(state.step) == 4:
+            metrics["loss"] = jnp.float32(jnp.nan)
+            state = state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
+        return state, metrics
+
+    with monkeypatch.context() as patch:
+        watch_updates(patch, after=breaking)
+        with pytest.raises(DivergenceError, match="Update 4 is not finite: .*loss nan.*training examples"):
+            train(small_config(), tmp_path, progress=False)
+    # The update at step 4 would have been saved; step 2 is the last good one and goes on.
+    assert evaluate(tmp_path)["steps"] == 2
+    assert train(small_config(), tmp_path, progress=False)["steps"] == 6
+
+
+def test_each_step_is_compiled_once(caplog, tmp_path):
+    with jax.log_compiles():
+        train(small_config(), tmp_path, progress=False)
+    compiled = [text for text in caplog.messages if text.startswith("Compiling jit(")]
+    assert sum("jit(train_step)" in text for text in compiled) == 1
+    assert sum("jit(eval_step)" in text for text in compiled) == 1
+
+
+def test_a_step_has_no_product_buffer():
+    fields = {"batch_size": 64, "model.implementation": None, "model.embed_dim": 64, "model.num_heads": 4}
+    run = Trainer(small_config(**fields))
+    batch = sharding.put_batch(next(run.train_batches()), run.mesh)
+    memory = run.train_step.lower(run.new_state(), batch).compile().memory_analysis()
+    # fc1 has M = 64 * 5 rows in all, half of them on each device, K = 64 and N = 256.
+    product = 64 * 5 // 2 * 64 * 256 * 4
+    assert memory.temp_size_in_bytes < product / 2
+
+
+def test_a_batch_equals_its_accumulated_parts():
+    fields = {"optimizer.name": "sgd", "optimizer.warmup_fraction": 0.0, "ema_decay": 0.0}
+    states = []
+    for parts in (1, 4):
+        run = Trainer(small_config(accumulation_steps=parts, **fields))
+        state, metrics = run.train_step(
+            run.new_state(), sharding.put_batch(next(run.train_batches()), run.mesh)
+        )
+        states.append((state.params, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *states)
+
+
+def test_devices_do_not_change_the_update():
+    """The sharded step against the same step on one device."""
+    results = []
+    for count in (1, 2):
+        run = Trainer(small_config())
+        run.mesh = sharding.make_mesh(jax.devices()[:count])
+        state = trainer.init_state(run.model, run.optimizer, seed=0, with_ema=True, mesh=run.mesh)
+        step = trainer.make_train_step(
+            run.model,
+            run.optimizer,
+            lambda key, images, labels: (images.astype(jnp.float32) / 255, jax.nn.one_hot(labels, 10)),
+            ema_decay=0.9,
+            mesh=run.mesh,
+        )
+        state, metrics = step(state, sharding.put_batch(next(run.train_batches()), run.mesh))
+        results.append(jax.device_get(metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *results)
+
+
+def test_evaluation_is_the_mean_over_every_image():
+    run = Trainer(small_config(batch_size=32))
+    state = run.new_state()
+    figures = run.evaluate(state, "test")
+    source = run.dataset.test
+    images = np.stack([source[i]["image"] for i in range(len(source))])
+    labels = np.array([source[i]["label"] for i in range(len(source))])
+    from adderflax.data import normalize_batch
+
+    logits = run.model.apply({"params": state.params}, normalize_batch(images, run.dataset.info))
+    logits = np.asarray(logits, np.float64)
+    expected = np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels])
+    assert figures["test_examples"] == len(labels) == 359
+    np.testing.assert_allclose(figures["test_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(figures["test_accuracy"], np.mean(logits.argmax(-1) == labels))
+
+
+def test_the_average_is_evaluated(finished):
+    run = Trainer(small_config())
+    state = run.new_state()
+    state, _ = run.train_step(state, sharding.put_batch(next(run.train_batches()), run.mesh))
+    assert state.evaluated_params is state.ema_params
+    # After the first update the decay is min(0.9, 1/10): a tenth of the initialization is left.
+    start = run.new_state().params
+    jax.tree.map(
+        lambda old, new, mean: np.testing.assert_allclose(mean, 0.1 * old + 0.9 * new, atol=1e-5),
+        start,
+        state.params,
+        state.ema_params,
+    )
+    assert Trainer(small_config(ema_decay=0.0)).new_state().ema_params is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 33}, "batch_size=33 does not divide over 2 devices.*--config.batch_size="),
+        ({"data.image_size": 10}, "image_size=10 is not a multiple of patch_size=4"),
+        ({"data.name": "no_such_set"}, "no_such_set"),
+        ({"model.similarity": "cosine"}, "similarity='cosine' is not known; choose one of 'l1', 'dot'"),
+        ({"eval_every": 0}, "eval_every=0 must be at least 1"),
+        ({"model.grad_inputs": "hardtanh:x"}, "grad_inputs='hardtanh:x' is not a gradient rule"),
+    ],
+)
+def test_bad_configurations(fields, message):
+    with pytest.raises((ConfigError, trainer.data_lib.DatasetNotReadyError), match=message):
+        Trainer(small_config(**fields))
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match="cannot be written.*--workdir"):
+        train(small_config(), tmp_path / "file" / "run", progress=False)
+
+
+def test_gradient_rules_reach_the_model():
+    fields = {"model.grad_inputs": "hardtanh:4", "model.grad_query": "sign"}
+    config = Trainer(small_config(**fields)).model.config
+    assert config.grad_inputs == ("hardtanh", 4.0) and config.grad_query == "sign"
