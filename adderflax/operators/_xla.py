@@ -75,37 +75,46 @@ def _passes(columns: int) -> int:
 
 
 def _columns_in_lanes(x: jax.Array, y: jax.Array) -> jax.Array:
-    y_blocks = _split_columns(y)
+    x_chunks = _chunk(x, -1)
+    y_chunks = _chunk(_split_columns(y), -2)
+    blocked = y_chunks.ndim > x_chunks.ndim
 
-    def term(k):
-        return -jnp.abs(_for_blocks(_take(x, k, -1), y_blocks) - _take(y_blocks, k, -2))
+    def term(step, offset):
+        values = _take(x_chunks, step, offset, -1)
+        return -jnp.abs(_for_blocks(values, blocked) - _take(y_chunks, step, offset, -2))
 
-    shape = (*y_blocks.shape[:-2], x.shape[-2], y_blocks.shape[-1])
-    return _join_columns(_sum_terms(term, x.shape[-1], shape, x, y), y.shape[-1])
+    shape = (*y_chunks.shape[:-3], x.shape[-2], y_chunks.shape[-1])
+    total = _sum_terms(term, x_chunks.shape[-2:], shape, x, y)
+    return _join_columns(total, y.shape[-1])
 
 
 def _blocked_gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
     x_blocks = _split_columns(x.astype(jnp.float32))
-    y_blocks = _split_columns(_transpose(y.astype(jnp.float32)))
+    y_chunks = _chunk(_split_columns(_transpose(y.astype(jnp.float32))), -2)
     weighted, g = _weighting(rule, g.astype(jnp.float32))
+    g_chunks = _chunk(g, -1)
+    blocked = x_blocks.ndim > x.ndim
 
-    def term(n):
-        return weighted(_take(y_blocks, n, -2) - x_blocks, _for_blocks(_take(g, n, -1), x_blocks))
+    def term(step, offset):
+        g_values = _for_blocks(_take(g_chunks, step, offset, -1), blocked)
+        return weighted(_take(y_chunks, step, offset, -2) - x_blocks, g_values)
 
-    total = _sum_terms(term, y.shape[-1], x_blocks.shape, x, y, g)
+    total = _sum_terms(term, g_chunks.shape[-2:], x_blocks.shape, x, y, g)
     return _join_columns(total, x.shape[-1])
 
 
 def _blocked_gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
-    x_columns = _transpose(x.astype(jnp.float32))
+    x_chunks = _chunk(_transpose(x.astype(jnp.float32)), -1)
     y_blocks = _split_columns(y.astype(jnp.float32))
-    weighted, g_blocks = _weighting(rule, _split_columns(g.astype(jnp.float32)))
+    weighted, g = _weighting(rule, g.astype(jnp.float32))
+    g_chunks = _chunk(_split_columns(g), -2)
+    blocked = y_blocks.ndim > y.ndim
 
-    def term(m):
-        x_values = _for_blocks(_take(x_columns, m, -1), y_blocks)
-        return weighted(x_values - y_blocks, _take(g_blocks, m, -2))
+    def term(step, offset):
+        x_values = _for_blocks(_take(x_chunks, step, offset, -1), blocked)
+        return weighted(x_values - y_blocks, _take(g_chunks, step, offset, -2))
 
-    total = _sum_terms(term, x.shape[-2], y_blocks.shape, x, y, g)
+    total = _sum_terms(term, x_chunks.shape[-2:], y_blocks.shape, x, y, g)
     return _join_columns(total, y.shape[-1])
 
 
@@ -118,38 +127,60 @@ def _weighting(rule: Rule, g: jax.Array):
     return lambda difference, g: lax.clamp(-limit, difference, limit) * g, g * rule.slope
 
 
-def _sum_terms(term, length: int, shape, *varying: jax.Array) -> jax.Array:
-    """Sum of term(i) for i < length, in passes over the result that add about 16 terms each.
+def _sum_terms(term, chunks, shape, *varying: jax.Array) -> jax.Array:
+    """Sum of term(step, offset) over all steps and offsets below (steps, size) = chunks.
 
-    Always a loop: without one XLA on a CPU fuses the whole sum into whatever uses it, a softmax
-    for example, and computes it once for each use.
+    Each step is one pass over the result that adds `size` terms. Always a loop: without one XLA
+    on a CPU fuses the whole sum into whatever uses it, a softmax for example, and computes it
+    once for each use.
     """
-    size, steps = _chunks(length)
+    steps, size = chunks
 
-    def add_terms(total, start, count):
-        for group in range(0, count, _GROUP):
-            partial = term(start + group)
-            for offset in range(group + 1, min(group + _GROUP, count)):
-                partial = partial + term(start + offset)
+    def add_chunk(step, total):
+        for group in range(0, size, _GROUP):
+            partial = term(step, group)
+            for offset in range(group + 1, min(group + _GROUP, size)):
+                partial = partial + term(step, offset)
             total = total + partial
         return total
 
-    ragged = length - size * steps
-    return lax.fori_loop(
-        0,
-        steps,
-        lambda step, total: add_terms(total, ragged + step * size, size),
-        add_terms(_zeros(shape, *varying), 0, ragged),
+    return lax.fori_loop(0, steps, add_chunk, _zeros(shape, *varying))
+
+
+def _chunk_sizes(length: int) -> tuple[int, int]:
+    """(steps, size) with steps * size >= length, at least two steps, and little excess."""
+    steps = range(max(2, math.ceil(length / _LARGEST)), max(2, length // _SMALLEST) + 1)
+    return min(((s, math.ceil(length / s)) for s in steps), key=math.prod)
+
+
+def _chunk(array: jax.Array, axis: int) -> jax.Array:
+    """[..., L, ...] -> [..., steps, size, ...], with zeros where L does not divide.
+
+    A term of two zeros adds nothing.
+    """
+    axis = array.ndim + axis
+    length = array.shape[axis]
+    steps, size = _chunk_sizes(length)
+    if steps * size > length:
+        padding = [(0, 0)] * array.ndim
+        padding[axis] = (0, steps * size - length)
+        array = jnp.pad(array, padding)
+    return array.reshape(*array.shape[:axis], steps, size, *array.shape[axis + 1 :])
+
+
+def _take(chunks: jax.Array, step, offset: int, axis: int) -> jax.Array:
+    """Term (step, offset) of an array chunked along the axis, which keeps length one.
+
+    A slice of one is fused into its user, where a slice of a chunk would be copied; and since
+    the traced index is the same for all offsets, their addresses differ by constants.
+    """
+    axis = chunks.ndim + axis
+    start, sizes = [0] * chunks.ndim, list(chunks.shape)
+    start[axis - 1 : axis + 1] = step, offset
+    sizes[axis - 1 : axis + 1] = 1, 1
+    return lax.squeeze(
+        lax.dynamic_slice(chunks, start, sizes, allow_negative_indices=False), (axis - 1,)
     )
-
-
-def _chunks(length: int) -> tuple[int, int]:
-    """(size, steps): at least two steps, and few terms left over, which precede the loop."""
-    if length < 2 * _SMALLEST:
-        return length // 2, 2
-    sizes = range(_SMALLEST, min(_LARGEST, length // 2) + 1)
-    size = min(sizes, key=lambda size: (length % size, abs(size - 16)))
-    return size, length // size
 
 
 def _zeros(shape, *like: jax.Array) -> jax.Array:
@@ -161,16 +192,6 @@ def _zeros(shape, *like: jax.Array) -> jax.Array:
 
 def _transpose(array: jax.Array) -> jax.Array:
     return jnp.swapaxes(array, -1, -2)
-
-
-def _take(array: jax.Array, index, axis: int) -> jax.Array:
-    """array[..., index:index + 1, ...]: fused into its user, where a block of 16 is copied."""
-    axis = array.ndim + axis
-    start = [0] * array.ndim
-    start[axis] = index
-    sizes = list(array.shape)
-    sizes[axis] = 1
-    return lax.dynamic_slice(array, start, sizes, allow_negative_indices=False)
 
 
 def _block_width(columns: int) -> int:
@@ -199,9 +220,9 @@ def _split_columns(array: jax.Array) -> jax.Array:
     return jnp.moveaxis(array.reshape(*array.shape[:-1], blocks, width), -2, -3)
 
 
-def _for_blocks(values: jax.Array, blocks: jax.Array) -> jax.Array:
-    """Gives a column of values [..., R, 1] the blocks axis if the blocked array has one."""
-    return values[..., None, :, :] if blocks.ndim > values.ndim else values
+def _for_blocks(values: jax.Array, blocked: bool) -> jax.Array:
+    """Gives [..., R, 1] the blocks axis where the array it meets has one."""
+    return values[..., None, :, :] if blocked else values
 
 
 def _join_columns(blocks: jax.Array, columns: int) -> jax.Array:

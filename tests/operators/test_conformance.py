@@ -15,7 +15,7 @@ IMPLEMENTATIONS = (None, *available_implementations())
 CASES = reference.generate(reference.BUCKETS, rules_per_shape=1, scales_per_program=4)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program(grad_x, grad_y, implementation):
     @jax.jit
     def run(x, y, g):
