@@ -6,7 +6,6 @@ python train.py --workdir runs/twin-1 --eval_only
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # orbax reports every file at INFO and warns of what is meant, such as saves between evaluations.
         logging.set_verbosity(logging.ERROR)
-    # Imported here so that --help and mistyped flags answer at once.
+    # Imported here so that --help answers at once.
     from adderflax.data import DatasetNotReadyError
     from adderflax.training import trainer
     from adderflax.training.config import ConfigError
@@ -58,22 +57,13 @@ def main(argv: list[str]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line and loads the configuration; a mistake ends in a line, not a traceback."""
+    from adderflax.training import command_line
+    from adderflax.training.config import ConfigError
+
     try:
-        rest = flags.FLAGS(argv)
-        # A file that cannot be loaded is only reported when something of it is read.
-        getattr(_CONFIG.value, "model", None)
-        return rest
-    except (AttributeError, KeyError) as error:
-        # ml_collections quotes the unknown name first, then proposes the nearest one that exists.
-        words = re.findall(r"\w+", str(error.args[0]).replace("\\n", " "))
-        proposal = f" Did you mean {words[4]!r}?" if "mean" in words else ""
-        message = f"The configuration has no field {words[0]!r}.{proposal}"
-    except (flags.Error, OSError, ValueError) as error:
-        message = f"{' '.join(str(error).split()).rstrip('.')}."
-    sys.exit(
-        f"error: {message} The fields are described in adderflax/training/config.py; --help shows the flags."
-    )
+        return command_line.parse(flags.FLAGS, _CONFIG, argv)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

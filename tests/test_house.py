@@ -23,10 +23,15 @@ LAYERS = {
     "training.workdir": 3,
     "training.state": 4,
     "training.config": 4,
+    "training.command_line": 4,
     "training.recipes": 4,
     "training.restore": 4,
     "training.trainer": 4,
+    "analysis": 5,
+    "diversity": 5,
+    "energy": 5,
     "predict": 5,
+    "study": 5,
 }
 ALLOWED_IN_LIBRARY = {"jax", "flax", "numpy", "adderflax"}
 # Parts of layer 3 that another part may name: a plain description, and the writer of lines.

@@ -143,15 +143,10 @@ class AugmentConfig:
         object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
         for name in ("crop_padding", "randaugment_layers"):
             value = getattr(self, name)
-            _require(
-                _is_whole(value, 0), f"augment.{name} must be a whole number, 0 or more, not "
-                f"{value!r}."
-            )
+            _require(_is_whole(value, 0), f"augment.{name} must be a whole number, 0 or more, not {value!r}.")
         for name in ("random_resized_crop", "flip"):
             value = getattr(self, name)
-            _require(
-                isinstance(value, bool), f"augment.{name} must be True or False, not {value!r}."
-            )
+            _require(isinstance(value, bool), f"augment.{name} must be True or False, not {value!r}.")
         _require(
             not (self.random_resized_crop and self.crop_padding),
             "augment.random_resized_crop and augment.crop_padding are two ways to crop, and a "
@@ -181,8 +176,7 @@ class AugmentConfig:
         )
         _require(
             _is_number(self.label_smoothing, 0.0, 1.0) and self.label_smoothing < 1.0,
-            f"augment.label_smoothing must be at least 0 and below 1, not "
-            f"{self.label_smoothing!r}.",
+            f"augment.label_smoothing must be at least 0 and below 1, not {self.label_smoothing!r}.",
         )
 
     @property

@@ -108,9 +108,7 @@ def _padded_crop(key: jax.Array, images_BxHxWxC: jax.Array, padding: int) -> jax
 
 def _flip(key: jax.Array, images_BxHxWxC: jax.Array) -> jax.Array:
     mirrored_B = jax.random.bernoulli(key, 0.5, images_BxHxWxC.shape[:1])
-    return jnp.where(
-        mirrored_B[:, None, None, None], images_BxHxWxC[:, :, ::-1, :], images_BxHxWxC
-    )
+    return jnp.where(mirrored_B[:, None, None, None], images_BxHxWxC[:, :, ::-1, :], images_BxHxWxC)
 
 
 def _inside(
@@ -192,9 +190,7 @@ def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
     return jax.random.uniform(key) if alpha == 1.0 else jax.random.beta(key, alpha, alpha)
 
 
-def _cutmix_box(
-    key: jax.Array, lam: jax.Array, height: int, width: int
-) -> tuple[jax.Array, jax.Array]:
+def _cutmix_box(key: jax.Array, lam: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Draws CutMix's rectangle: bool [1, H, W, 1], and lambda as its area really is.
 
     The center is uniform over the image and the rectangle is cut off at the image's edge, so

@@ -48,9 +48,7 @@ class ShareDataset(grain.MapDataset):
             return self.slice(index)
         share = self._share
         batch, place = divmod(index, share.size)
-        return self._records[
-            batch * share.batch_size + share.process_index * share.size + place
-        ]
+        return self._records[batch * share.batch_size + share.process_index * share.size + place]
 
 
 class WorkerIterator(grain.DatasetIterator):

@@ -74,8 +74,11 @@ def prepare_in_child(name: str, data_dir: str | None) -> None:
       DatasetNotReadyError: with the reason, if that did not work.
     """
     if importlib.util.find_spec("tensorflow") is None:
-        not_ready(name, data_dir, "preparing it needs TensorFlow, which is not installed here "
-                  "(`pip install tensorflow-cpu`)")
+        not_ready(
+            name,
+            data_dir,
+            "preparing it needs TensorFlow, which is not installed here (`pip install tensorflow-cpu`)",
+        )
     print(f"Preparing the image set {name}; this is done once.", file=sys.stderr, flush=True)
     words = [sys.executable, "-m", "adderflax.data.prepare", name]
     root = str(pathlib.Path(__file__).resolve().parents[2])
@@ -144,8 +147,7 @@ def _require_network(urls: dict[str, object]) -> None:
             requests.head(url, timeout=_CONNECT_SECONDS)
         except requests.RequestException as error:
             raise ConnectionError(
-                f"it has to be downloaded, and {host} cannot be reached from here "
-                f"({type(error).__name__})"
+                f"it has to be downloaded, and {host} cannot be reached from here ({type(error).__name__})"
             ) from error
 
 

@@ -219,9 +219,7 @@ class Dataset:
         """
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         if name not in parts:
-            raise ValueError(
-                f"{name!r} is no part of a data set: choose 'train', 'validation' or 'test'."
-            )
+            raise ValueError(f"{name!r} is no part of a data set: choose 'train', 'validation' or 'test'.")
         if parts[name] is None:
             raise ValueError(
                 f"{self.info.name} was loaded without a validation part, because "

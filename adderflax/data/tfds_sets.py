@@ -66,9 +66,7 @@ class TfdsSplit:
             examples = [self._records[positions[0]]]
         else:
             examples = self._records.__getitems__(positions)
-        return [
-            (example[self._image_key], int(example[self._label_key])) for example in examples
-        ]
+        return [(example[self._image_key], int(example[self._label_key])) for example in examples]
 
 
 def open_tfds(config: DataConfig) -> RawDataset:

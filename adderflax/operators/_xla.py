@@ -178,9 +178,7 @@ def _take(chunks: jax.Array, step, offset: int, axis: int) -> jax.Array:
     start, sizes = [0] * chunks.ndim, list(chunks.shape)
     start[axis - 1 : axis + 1] = step, offset
     sizes[axis - 1 : axis + 1] = 1, 1
-    return lax.squeeze(
-        lax.dynamic_slice(chunks, start, sizes, allow_negative_indices=False), (axis - 1,)
-    )
+    return lax.squeeze(lax.dynamic_slice(chunks, start, sizes, allow_negative_indices=False), (axis - 1,))
 
 
 def _zeros(shape, *like: jax.Array) -> jax.Array:

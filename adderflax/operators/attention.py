@@ -185,9 +185,7 @@ def _check_shapes(query, key, value, identity) -> None:
             f"the shape {(*key.shape[:-1], value.shape[-1])}."
         )
     if query.shape[:-3] != key.shape[:-3] or query.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"adder_attention: query and key need the same batch and heads, got {shapes}."
-        )
+        raise ValueError(f"adder_attention: query and key need the same batch and heads, got {shapes}.")
     if identity and query.shape[-3] != key.shape[-3]:
         raise ValueError(
             f"identity: adding I needs as many queries as keys, got {query.shape[-3]} queries and "
@@ -214,7 +212,5 @@ def _broadcastable(array, argument, shape, single):
     )
     if not fits:
         layout = "[heads, queries, keys]" if single else "[batch, heads, queries, keys]"
-        raise ValueError(
-            f"{argument}: shape {array.shape} does not broadcast to {wanted} ({layout})."
-        )
+        raise ValueError(f"{argument}: shape {array.shape} does not broadcast to {wanted} ({layout}).")
     return array.reshape((1,) * (4 - array.ndim) + array.shape)

@@ -155,9 +155,7 @@ def _forward(x, y, *, implementation, log):
     x, y = _expand(x, y)
     if x.ndim == 2 and y.ndim > 2:
         # The same rows meet every entry of the batch: these are rows of the transposed problem.
-        flipped = dispatch(
-            "forward", (_fold_rows(_transpose(y)), _transpose(x)), (), implementation, log
-        )
+        flipped = dispatch("forward", (_fold_rows(_transpose(y)), _transpose(x)), (), implementation, log)
         return _transpose(flipped.reshape(*batch, shape[-1], shape[-2]))
     x = _fold_rows(x) if y.ndim == 2 else _fold_batch(x)
     return dispatch("forward", (x, _fold_batch(y)), (), implementation, log).reshape(shape)
@@ -264,9 +262,5 @@ def _named_call(function, name, static, result_spec):
 # implementation runs; operands and results are the public ones.
 _STATIC = ("implementation", "log")
 _forward_call = _named_call(_forward, "adder_matmul", _STATIC, forward_spec)
-_gradient_x_call = _named_call(
-    _gradient_x, "adder_matmul_gradient_x", ("rule", *_STATIC), lambda x, y, g: x
-)
-_gradient_y_call = _named_call(
-    _gradient_y, "adder_matmul_gradient_y", ("rule", *_STATIC), lambda x, y, g: y
-)
+_gradient_x_call = _named_call(_gradient_x, "adder_matmul_gradient_x", ("rule", *_STATIC), lambda x, y, g: x)
+_gradient_y_call = _named_call(_gradient_y, "adder_matmul_gradient_y", ("rule", *_STATIC), lambda x, y, g: y)

@@ -58,9 +58,7 @@ def varying_size_set(tmp_path_factory):
     ]
     splits = {"train": train, "validation": prepared_sets.pictures(7, (50, 40, 3), "jpeg", seed=1)}
     prepared_sets.write_set(directory, splits, shape=(None, None, 3))
-    return DataConfig(
-        name="written", data_dir=str(directory), image_size=16, validation_fraction=0.0
-    )
+    return DataConfig(name="written", data_dir=str(directory), image_size=16, validation_fraction=0.0)
 
 
 @pytest.fixture(scope="session")

@@ -68,9 +68,7 @@ def write_set(
                 "fileFormat": file_format,
                 "name": name,
                 "splits": described,
-                "supervisedKeys": {
-                    "tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}
-                },
+                "supervisedKeys": {"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}},
                 "version": version,
             }
         )

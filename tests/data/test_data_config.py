@@ -81,7 +81,5 @@ def test_info_survives_json(make_info):
 def test_importing_is_light(root):
     heavy = ("PIL", "grain", "sklearn", "tensorflow", "tensorflow_datasets")
     code = f"import sys, adderflax.data; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

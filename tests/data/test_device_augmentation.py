@@ -78,9 +78,7 @@ def test_wrong_images_are_refused(make_info, wrong):
     images, labels = random_batch(2, 8)
     images = {"float": images / 255.0, "channels": images[..., :1], "rank": images[0]}[wrong]
     with pytest.raises(ValueError, match=r"uint8 of shape \[batch, height, width, 3\]"):
-        augment_batch(
-            jax.random.key(0), images, labels, config=AugmentConfig(), info=make_info()
-        )
+        augment_batch(jax.random.key(0), images, labels, config=AugmentConfig(), info=make_info())
 
 
 def test_padded_crop_shifts_and_fills_with_zeros(make_info):
@@ -91,9 +89,7 @@ def test_padded_crop_shifts_and_fills_with_zeros(make_info):
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     steps = range(2 * padding + 1)
     shifted = {
-        (down, right): padded[down : down + size, right : right + size]
-        for down in steps
-        for right in steps
+        (down, right): padded[down : down + size, right : right + size] for down in steps for right in steps
     }
     counts = dict.fromkeys(shifted, 0)
     for crop in np.rint(x * 255):
@@ -106,9 +102,7 @@ def test_padded_crop_shifts_and_fills_with_zeros(make_info):
 
 def test_padding_is_black_not_the_mean(make_info):
     info = make_info(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    x, _ = augment(
-        np.full((64, 8, 8, 3), 255, np.uint8), np.zeros(64, np.int32), info, crop_padding=2
-    )
+    x, _ = augment(np.full((64, 8, 8, 3), 255, np.uint8), np.zeros(64, np.int32), info, crop_padding=2)
     assert set(np.unique(x.round(5))) == {-2.0, 2.0}
 
 
@@ -162,8 +156,7 @@ def test_mixup_mixes_images_as_targets_say(make_info):
     np.testing.assert_allclose(targets.sum(-1), 1.0, atol=1e-6)
     np.testing.assert_allclose(targets[:, labels, np.roll(labels, 1)], 1 - lam, atol=1e-6)
     expected = lam * values + (1 - lam) * np.roll(values, 1)
-    np.testing.assert_allclose(x, np.broadcast_to(expected[..., None, None, None], x.shape),
-                               atol=1e-6)
+    np.testing.assert_allclose(x, np.broadcast_to(expected[..., None, None, None], x.shape), atol=1e-6)
     assert np.ptp(lam, axis=1).max() < 1e-6
     assert abs(lam[:, 0].mean() - 0.5) < 0.03
     assert abs(lam[:, 0].var() - 1 / (4 * (2 * alpha + 1))) < 0.01
@@ -179,9 +172,7 @@ def test_cutmix_pastes_the_area_that_targets_say(make_info):
     assert (own ^ pasted).all()
     np.testing.assert_allclose(targets.sum(-1), 1.0, atol=1e-6)
     np.testing.assert_allclose(targets[:, labels, labels], own.mean((2, 3)), atol=1e-6)
-    np.testing.assert_allclose(
-        targets[:, labels, np.roll(labels, 1)], pasted.mean((2, 3)), atol=1e-6
-    )
+    np.testing.assert_allclose(targets[:, labels, np.roll(labels, 1)], pasted.mean((2, 3)), atol=1e-6)
     rows, columns = pasted.any(3).sum(2), pasted.any(2).sum(2)
     assert np.array_equal(pasted.sum((2, 3)), rows * columns)
     # One rectangle serves the batch; its area is 1/2 on average before the edges cut it off.
@@ -194,14 +185,10 @@ def test_one_of_mixup_and_cutmix_for_each_batch(make_info):
     size, keys = 16, 600
     images, values = constant_images(4, size)
     labels = np.arange(4, dtype=np.int32)
-    x, targets = over_keys(
-        images, labels, make_info(size), keys, mixup_alpha=0.8, cutmix_alpha=1.0
-    )
+    x, targets = over_keys(images, labels, make_info(size), keys, mixup_alpha=0.8, cutmix_alpha=1.0)
     cut = np.isclose(x[..., None], values).any(-1).all((1, 2, 3, 4))
     assert abs(cut.mean() - 0.5) < 0.1
-    np.testing.assert_allclose(
-        x.mean((2, 3, 4)), (targets[..., :4] * values).sum(-1), atol=1e-5
-    )
+    np.testing.assert_allclose(x.mean((2, 3, 4)), (targets[..., :4] * values).sum(-1), atol=1e-5)
 
 
 def test_label_smoothing(make_info):

@@ -89,16 +89,12 @@ def test_crop_shows_exactly_the_box():
     pixels, size = ramp(120, 90), 32
     for seed in range(20):
         box = random_crop_box(120, 90, (0.08, 1.0), np.random.default_rng(seed))
-        image = random_resized_crop(
-            open_image(pixels), size, 3, (0.08, 1.0), np.random.default_rng(seed)
-        )
+        image = random_resized_crop(open_image(pixels), size, 3, (0.08, 1.0), np.random.default_rng(seed))
         seen = np.asarray(image).astype(float)
         assert seen.shape == (size, size, 3)
         places = box[0] + (np.arange(size) + 0.5) * (box[2] - box[0]) / size - 0.5
         inner = slice(3, -3)
-        np.testing.assert_allclose(
-            seen[size // 2, inner, 0], (places / 119 * 255)[inner], atol=2.5
-        )
+        np.testing.assert_allclose(seen[size // 2, inner, 0], (places / 119 * 255)[inner], atol=2.5)
         places = box[1] + (np.arange(size) + 0.5) * (box[3] - box[1]) / size - 0.5
         np.testing.assert_allclose(seen[inner, size // 2, 1], (places / 89 * 255)[inner], atol=2.5)
 
@@ -143,9 +139,7 @@ def test_prediction_sees_what_evaluation_sees(make_info):
     np.testing.assert_array_equal(preprocess_image(Image.fromarray(pixels), info), expected)
     grey = pixels[..., 0]
     info = make_info(16, 1)
-    np.testing.assert_array_equal(
-        preprocess_image(grey, info), preprocess_image(grey[..., None], info)
-    )
+    np.testing.assert_array_equal(preprocess_image(grey, info), preprocess_image(grey[..., None], info))
 
 
 def test_prediction_turns_photographs_upright(make_info):
@@ -166,8 +160,13 @@ def test_sixteen_bits_are_scaled_not_clipped(make_info):
 
 @pytest.mark.parametrize(
     "image",
-    [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8),
-     np.zeros((0, 4, 3), np.uint8), Image.new("F", (4, 4))],
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros(4, np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        Image.new("F", (4, 4)),
+    ],
 )
 def test_unclear_pictures_are_refused(make_info, image):
     with pytest.raises(ValueError, match="uint8"):

@@ -63,9 +63,7 @@ def test_batches_have_the_promised_form(case):
 
 def test_same_seed_same_batches(case):
     dataset, augment, data = case
-    first, again, other = (
-        take(training(dataset, augment, data, seed=seed), 4) for seed in (7, 7, 8)
-    )
+    first, again, other = (take(training(dataset, augment, data, seed=seed), 4) for seed in (7, 7, 8))
     assert_same(first, again)
     assert not np.array_equal(first[0]["index"], other[0]["index"])
 
@@ -101,9 +99,7 @@ def test_each_epoch_holds_each_image_once_in_a_new_order(case):
     count, batch_size = len(dataset.train), 7
     assert count % batch_size
     epochs = 3
-    batches = take(
-        training(dataset, augment, data, batch_size=batch_size), -(-epochs * count // batch_size)
-    )
+    batches = take(training(dataset, augment, data, batch_size=batch_size), -(-epochs * count // batch_size))
     indices = np.concatenate([batch["index"] for batch in batches])[: epochs * count]
     orders = indices.reshape(epochs, count)
     for order in orders:
@@ -129,16 +125,12 @@ def test_processes_share_the_global_batch(case, processes):
     dataset, augment, data = case
     whole = take(training(dataset, augment, data), 6)
     shares = [
-        take(
-            training(dataset, augment, data, process_index=index, process_count=processes), 6
-        )
+        take(training(dataset, augment, data, process_index=index, process_count=processes), 6)
         for index in range(processes)
     ]
     for batch, *parts in zip(whole, *shares):
         for key in batch:
-            np.testing.assert_array_equal(
-                batch[key], np.concatenate([part[key] for part in parts])
-            )
+            np.testing.assert_array_equal(batch[key], np.concatenate([part[key] for part in parts]))
 
 
 def test_held_in_memory_or_not_makes_no_difference(fixed_size_set):
@@ -197,18 +189,12 @@ def test_evaluation_is_shared_by_processes(case):
     dataset, _, data = case
     whole = list(evaluation_batches(dataset, "test", data, batch_size=8))
     halves = [
-        list(
-            evaluation_batches(
-                dataset, "test", data, batch_size=8, process_index=index, process_count=2
-            )
-        )
+        list(evaluation_batches(dataset, "test", data, batch_size=8, process_index=index, process_count=2))
         for index in range(2)
     ]
     for batch, *parts in zip(whole, *halves, strict=True):
         for key in batch:
-            np.testing.assert_array_equal(
-                batch[key], np.concatenate([part[key] for part in parts])
-            )
+            np.testing.assert_array_equal(batch[key], np.concatenate([part[key] for part in parts]))
 
 
 def test_evaluation_does_not_spoil_the_images_in_memory(digits):

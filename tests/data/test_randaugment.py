@@ -88,9 +88,7 @@ def test_translation_goes_as_far_as_it_says():
 
 
 def test_half_of_the_drawn_operations_are_applied(monkeypatch):
-    monkeypatch.setattr(
-        randaugment_lib, "OPERATIONS", {"add": lambda image, _: image.point(lambda x: x + 1)}
-    )
+    monkeypatch.setattr(randaugment_lib, "OPERATIONS", {"add": lambda image, _: image.point(lambda x: x + 1)})
     augment = RandAugment(layers=4, magnitude=9, std=0.5, fill=0)
     random = np.random.default_rng(0)
     black = Image.new("L", (1, 1))
@@ -113,9 +111,7 @@ def test_magnitudes_and_signs():
 def test_generator_decides(make_info):
     augment = RandAugment.from_config(AugmentConfig(randaugment_layers=3), make_info())
     image = picture()
-    first, again, other = (
-        np.asarray(augment(image, np.random.default_rng(seed))) for seed in (5, 5, 6)
-    )
+    first, again, other = (np.asarray(augment(image, np.random.default_rng(seed))) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 

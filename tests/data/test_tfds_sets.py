@@ -67,7 +67,10 @@ def test_known_sets_have_their_own_figures(tmp_path, name, mean):
     examples = pictures(12, (8, 8, channels), "png")
     version = {"cifar10": "3.0.2", "mnist": "3.0.1"}[name]
     write_set(
-        tmp_path, {"train": examples, "test": examples}, shape=(8, 8, channels), name=name,
+        tmp_path,
+        {"train": examples, "test": examples},
+        shape=(8, 8, channels),
+        name=name,
         version=version,
     )
     assert load_dataset(config(tmp_path, name=name)).info.mean[0] == mean
@@ -107,9 +110,7 @@ assert sum(batch["weight"].sum() for batch in batches) == 7
 assert "tensorflow_datasets" in sys.modules
 print("tensorflow" in sys.modules)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
@@ -179,7 +180,9 @@ def test_real_cifar10(real_sets):
     dataset = load_dataset(data)
     info = dataset.info
     assert (info.train_examples, info.validation_examples, info.test_examples) == (
-        45_000, 5_000, 10_000,
+        45_000,
+        5_000,
+        10_000,
     )
     assert info.class_names[0] == "airplane" and info.image_size == 32
     labels, count = np.zeros(10, int), 0

@@ -98,8 +98,7 @@ class Case:
     def __str__(self):
         shapes = "_".join("x".join(map(str, shape)) for shape in (self.shape_x, self.shape_y))
         rules = "_".join(
-            name if isinstance(name, str) else f"{name[0]}{name[1]:g}"
-            for name in (self.grad_x, self.grad_y)
+            name if isinstance(name, str) else f"{name[0]}{name[1]:g}" for name in (self.grad_x, self.grad_y)
         )
         return f"{shapes}-{self.dtype_x}_{self.dtype_y}-{rules}-{self.scale_x:g}_{self.scale_y:g}"
 
@@ -126,8 +125,15 @@ def generate(shapes, rules_per_shape, scales_per_program):
                 scale_x, scale_y = SCALES[(program + turn) % len(SCALES)]
                 cases.append(
                     Case(
-                        shape_x, shape_y, dtype_x, dtype_y, grad_x, grad_y,
-                        scale_x, scale_y, seed=len(cases),
+                        shape_x,
+                        shape_y,
+                        dtype_x,
+                        dtype_y,
+                        grad_x,
+                        grad_y,
+                        scale_x,
+                        scale_y,
+                        seed=len(cases),
                     )  # fmt: skip
                 )
     return cases

@@ -134,9 +134,7 @@ def test_explicit_sharding(name):
     explicit = mesh(AxisType.Explicit)
     with jax.set_mesh(explicit):
         placed = jax.device_put(x, spec_x), jax.device_put(y, spec_y)
-        out, vjp = jax.jit(functools.partial(jax.vjp, functools.partial(adder_matmul, **options)))(
-            *placed
-        )
+        out, vjp = jax.jit(functools.partial(jax.vjp, functools.partial(adder_matmul, **options)))(*placed)
         cotangent = jax.device_put(
             jnp.cos(expected[0]), NamedSharding(explicit, jax.typeof(out).sharding.spec)
         )
@@ -154,9 +152,7 @@ def test_explicit_attention_with_sharded_batch():
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(
-    "check_vma, options", [(True, RULES[0]), (True, RULES[1]), (False, RULES[1])]
-)
+@pytest.mark.parametrize("check_vma, options", [(True, RULES[0]), (True, RULES[1]), (False, RULES[1])])
 def test_grad_inside_shard_map(check_vma, options):
     x, y = normal(0, 4, 6, 24), normal(1, 24, 8)
     expected = gradients(x, y, **options)

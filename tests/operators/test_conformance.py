@@ -88,7 +88,5 @@ def test_non_finite_inputs_stay_visible(implementation, value, operand):
 
 @pytest.mark.parametrize("implementation", available_implementations())
 def test_float16_operands(implementation):
-    case = reference.Case(
-        (5, 20), (20, 7), "float16", "float16", "hardtanh", "full", 1.0, 1.0, seed=0
-    )
+    case = reference.Case((5, 20), (20, 7), "float16", "float16", "hardtanh", "full", 1.0, 1.0, seed=0)
     check(case, implementation)

@@ -22,9 +22,7 @@ def test_weight_gradient_is_not_transposed(implementation):
     x = jnp.asarray([[1.0, 2.0]])
     y = jnp.asarray([[0.0, 5.0], [4.0, 1.0]])
     g = jnp.asarray([[1.0, 10.0]])
-    np.testing.assert_allclose(
-        adder_matmul(x, y, implementation=implementation), [[-(1 + 2), -(4 + 1)]]
-    )
+    np.testing.assert_allclose(adder_matmul(x, y, implementation=implementation), [[-(1 + 2), -(4 + 1)]])
     dx, dy = vjp(x, y, g, implementation=implementation)
     np.testing.assert_allclose(dy, [[1.0, -40.0], [-2.0, 10.0]])
     np.testing.assert_allclose(dx, [[-1.0 + 10.0, 1.0 - 10.0]])

@@ -127,9 +127,7 @@ def test_dot_without_identity_is_jax_attention():
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "grad_query, grad_key", [("hardtanh", "hardtanh"), ("sign", ("hardtanh", 4.0))]
-)
+@pytest.mark.parametrize("grad_query, grad_key", [("hardtanh", "hardtanh"), ("sign", ("hardtanh", 4.0))])
 def test_gradients_of_similarity_follow_the_rules(grad_query, grad_key):
     """The softmax part by autodiff of the dense form, the scores part by the rules in NumPy."""
     query, key, value = (normal(i, 2, 6, 3, 8) for i in range(3))
@@ -171,9 +169,7 @@ def test_l1_aggregation_uses_hardtanh_on_both_sides():
 def test_dtypes(aggregation):
     query, key, value = (jnp.asarray(normal(i, 1, 4, 2, 8)) for i in range(3))
     query, value = query.astype(jnp.bfloat16), value.astype(jnp.bfloat16)
-    out, weights = adder_attention(
-        query, key, value, aggregation=aggregation, return_weights=True
-    )
+    out, weights = adder_attention(query, key, value, aggregation=aggregation, return_weights=True)
     assert out.dtype == (jnp.bfloat16 if aggregation == "dot" else jnp.float32)
     assert weights.dtype == jnp.float32
     expected, _ = expected_attention(*map(np.asarray, (query, key, value)), aggregation=aggregation)

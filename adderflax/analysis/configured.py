@@ -1,0 +1,92 @@
+"""The models that a configuration describes, without their data and without weights."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from adderflax.analysis.ledger import Ledger, count_operations
+from adderflax.data import DataConfig, DatasetInfo
+from adderflax.models import VisionTransformer, VisionTransformerConfig
+from adderflax.training.config import ConfigError, RunConfig
+
+# (image size, channels, classes). Sets whose images vary in size are trained at 224.
+KNOWN_SETS = {
+    "imagenet2012": (224, 3, 1000),
+    "imagenette": (224, 3, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "mnist": (28, 1, 10),
+    "digits": (8, 1, 10),
+}
+
+
+def image_set(data: DataConfig) -> DatasetInfo:
+    """Size, channels and classes of a set's images, without looking at the set.
+
+    A set that is not in `KNOWN_SETS` is taken to have 3 channels and 1000 classes.
+
+    Args:
+        data: names the set; its `image_size` overrides the set's own.
+
+    Raises:
+        ConfigError: the set is not known and `image_size` is not given.
+    """
+    known = KNOWN_SETS.get(data.name.partition("/")[0].partition(":")[0])
+    if known is None and data.image_size is None:
+        raise ConfigError(
+            f"The size of the images of {data.name!r} is not known here, and the data set is not "
+            "opened to count operations: say it with --config.data.image_size=N. Channels are "
+            f"then taken to be 3 and classes 1000. Known sets are {', '.join(KNOWN_SETS)}."
+        )
+    size, channels, classes = known or (data.image_size, 3, 1000)
+    return DatasetInfo(
+        name=data.name,
+        num_classes=classes,
+        class_names=tuple(map(str, range(classes))),
+        image_size=data.image_size or size,
+        channels=channels,
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        eval_resize=None,
+        train_examples=0,
+        validation_examples=0,
+        test_examples=0,
+    )
+
+
+def configured_model(config: ConfigDict) -> VisionTransformerConfig:
+    """The model that a run of the configuration trains.
+
+    Raises:
+        ConfigError: the configuration cannot be run, or its set is not known.
+    """
+    run = RunConfig.parse(config)
+    return run.model_config(image_set(run.data))
+
+
+def multiplying_twin(model: VisionTransformerConfig) -> VisionTransformerConfig:
+    """The same model with multiplications everywhere and all else equal."""
+    return dataclasses.replace(
+        model,
+        linear="multiply",
+        output_projection="multiply",
+        similarity="dot",
+        aggregation="dot",
+        patch_embedding="multiply",
+        head="multiply",
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def inference_ledger(model: VisionTransformerConfig) -> Ledger:
+    """The operations of classifying one image, from shapes alone."""
+    module = VisionTransformer(model)
+    shape = (1, model.image_size, model.image_size, model.channels)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    # The key, too, is a shape only: no device is needed to count.
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(module.init, key, image)
+    return count_operations(module.apply, variables, image)

@@ -1,0 +1,279 @@
+"""A model's energy by part of the network, beside its multiplying twin."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from adderflax.analysis.energy_tables import CONVENTIONS, SOFTWARE, Energy, EnergyTable, energy
+from adderflax.analysis.ledger import Entry, Ledger
+from adderflax.analysis.primitives import ADDER, PRODUCT
+
+SOFTMAX, NORMALIZATION, REST = "softmax, scale, identity", "normalization", "rest"
+# Parts of a network by the last name of the module path, in the order in which they are shown.
+_PARTS = {
+    "patch_embedding": "patch embedding",
+    "query": "q, k, v projections",
+    "key": "q, k, v projections",
+    "value": "q, k, v projections",
+    "out": "output projection",
+    "fc1": "fc1, fc2",
+    "fc2": "fc1, fc2",
+    "head": "head",
+}
+_ORDER = (
+    "patch embedding",
+    "q, k, v projections",
+    "scores",
+    "A V",
+    "output projection",
+    "fc1, fc2",
+    "head",
+    SOFTMAX,
+    NORMALIZATION,
+    "GELU",
+    REST,
+)
+_SPECIAL = ("divide", *(name for name in SOFTWARE if name != "divide"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The energy of a part of the network.
+
+    Attributes:
+        name: what it is called.
+        model: energy by convention.
+        twin: energy of the multiplying twin's part, by convention.
+    """
+
+    name: str
+    model: Mapping[str, Energy]
+    twin: Mapping[str, Energy]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A model beside its multiplying twin.
+
+    Attributes:
+        model: operations of the model.
+        twin: operations of the twin.
+        table: the unit energies.
+        memory: the level of memory in the convention "full".
+        parts: energies by part of the network; they add up to the totals.
+    """
+
+    model: Ledger
+    twin: Ledger
+    table: EnergyTable
+    memory: str
+    parts: tuple[Part, ...]
+
+    def total(self, convention: str) -> tuple[Energy, Energy]:
+        """Energies of the model and of the twin."""
+        return (
+            energy(self.model, convention, self.table, self.memory),
+            energy(self.twin, convention, self.table, self.memory),
+        )
+
+    def product_memory(self) -> tuple[float, float]:
+        """Memory traffic of products and adder operators alone, in millijoules, of both.
+
+        A compiler that fused all other operators into these would leave no more than that.
+        """
+        found = []
+        for ledger in (self.model, self.twin):
+            entries = (entry for entry in ledger.entries if entry.kind in (PRODUCT, ADDER))
+            products = Ledger(tuple(entries))
+            found.append(energy(products, "full", self.table, self.memory).memory)
+        return found[0], found[1]
+
+    def as_json(self, convention: str) -> dict[str, Any]:
+        """Energies of one image in millijoules, as plain values."""
+        model, twin = self.total(convention)
+        parts = []
+        for part in self.parts:
+            ours, theirs = part.model[convention], part.twin[convention]
+            if ours.total or theirs.total:
+                parts.append(
+                    {
+                        "part": part.name,
+                        "total": ours.total,
+                        "twin_total": theirs.total,
+                        "memory": ours.memory,
+                        "twin_memory": theirs.memory,
+                    }
+                )
+        return {
+            "convention": convention,
+            "unit": "mJ",
+            "total": model.total,
+            "twin_total": twin.total,
+            "ratio": _ratio(model.total, twin.total),
+            "parts": parts,
+        }
+
+
+def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Report:
+    """Prices both ledgers by part of the network.
+
+    Args:
+        model: operations of the model.
+        twin: operations of its multiplying twin.
+        table: the unit energies.
+        memory: a level of the table's memory.
+    """
+    ours, theirs = split_into_parts(model), split_into_parts(twin)
+    names = dict.fromkeys((*ours, *theirs))
+    # Parts of other architectures follow those of transformers, before the rest.
+    position = {name: index for index, name in enumerate(_ORDER)}
+    ordered = sorted(names, key=lambda name: position.get(name, position["head"] + 0.5))
+
+    def priced(ledger: Ledger) -> dict[str, Energy]:
+        return {name: energy(ledger, name, table, memory) for name in CONVENTIONS}
+
+    empty = Ledger(())
+    parts = (Part(n, priced(ours.get(n, empty)), priced(theirs.get(n, empty))) for n in ordered)
+    return Report(model, twin, table, memory, tuple(parts))
+
+
+def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:
+    """Splits the ledger of an inference by part of the network.
+
+    The similarity of queries and keys and the product with the values belong to the same
+    module, "attention": of its products and adder operators the first is the similarity.
+    """
+    seen: Counter[str] = Counter()
+
+    def part(entry: Entry) -> str:
+        name = entry.path.rpartition("/")[2]
+        multiplies = entry.kind in (PRODUCT, ADDER)
+        if "norm" in name.lower():
+            return NORMALIZATION
+        if name in _PARTS:
+            return _PARTS[name]
+        if name == "attention":
+            seen[entry.path] += multiplies
+            return ("scores", "A V")[seen[entry.path] > 1] if multiplies else SOFTMAX
+        if name == "mlp":
+            return "GELU"
+        return re.sub(r"_\d+$", "", name) or REST if multiplies else REST
+
+    return ledger.group(part)
+
+
+def as_text(report: Report, convention: str) -> str:
+    """The tables that the command prints.
+
+    Args:
+        report: what to print.
+        convention: the one that the last line states.
+    """
+    lines = [*_parts_table(report), "", *_difference_table(report), "", *_counts_table(report)]
+    lines += ["", *_remarks(report)]
+    model, twin = report.total(convention)
+    lines += [
+        "",
+        f"{convention}: {model.total:.2f} mJ an image, multiplying twin {twin.total:.2f} mJ, "
+        f"ratio {_ratio(model.total, twin.total):.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def _parts_table(report: Report) -> list[str]:
+    lines = [
+        f"{'':26}{'paper':^26} {'full':^26} {'of it memory':^18}",
+        f"{'mJ an image':26}" + f"{'model':>9}{'twin':>9}{'ratio':>8} " * 2 + f"{'model':>9}{'twin':>9}",
+    ]
+    rows = [(part.name, part.model, part.twin) for part in report.parts]
+    totals = {name: report.total(name) for name in CONVENTIONS}
+    rows.append(("total", *({name: pair[i] for name, pair in totals.items()} for i in range(2))))
+    for name, model, twin in rows:
+        cells = "".join(_pair(model[c].total, twin[c].total) + " " for c in CONVENTIONS)
+        memory = f"{model['full'].memory:9.3f}{twin['full'].memory:9.3f}"
+        lines.append(f"{name:26}{cells}{memory}")
+    return lines
+
+
+def _difference_table(report: Report) -> list[str]:
+    """From the total of `paper` to that of `full`, step by step."""
+    columns = []
+    totals = zip(report.total("paper"), report.total("full"), report.product_memory())
+    for paper, full, at_products in totals:
+        inside = full.operations.get(PRODUCT, 0.0) + full.operations.get(ADDER, 0.0)
+        special = sum(full.operations.get(name, 0.0) for name in _SPECIAL)
+        columns.append(
+            {
+                "paper": paper.total,
+                "+ |.| in products and adders": inside - paper.total,
+                "+ other additions, multiplications": full.arithmetic - inside - special,
+                "+ divisions, roots, exp, tanh, ...": special,
+                "+ memory, products and adders": at_products,
+                "+ memory, all else if nothing is fused": full.memory - at_products,
+                "= full": full.total,
+            }
+        )
+    lines = [f"{'what the difference is, mJ':55}{'model':>9}{'twin':>9}"]
+    for name in columns[0]:
+        lines.append(f"{name:55}{columns[0][name]:9.3f}{columns[1][name]:9.3f}")
+    by_name = {part.name: part for part in report.parts}
+    for name in (SOFTMAX, NORMALIZATION):
+        if name in by_name:
+            part = by_name[name]
+            pair = (part.model["full"].arithmetic, part.twin["full"].arithmetic)
+            lines.append(_share(f"share of full: arithmetic of {name}", pair, columns))
+    memory = tuple(full.memory for full in report.total("full"))
+    lines.append(_share("share of full: memory traffic", memory, columns))
+    return lines
+
+
+def _share(name: str, values: tuple[float, float], columns: list[dict[str, float]]) -> str:
+    shares = (100 * value / column["= full"] for value, column in zip(values, columns))
+    return f"{name:55}" + "".join(f"{share:7.1f} %" for share in shares)
+
+
+def _counts_table(report: Report) -> list[str]:
+    ours, theirs = report.model, report.twin
+    rows = {
+        "multiply-accumulates": (ours.macs, theirs.macs),
+        "|x - w| terms of adder operators": (ours.adder_elements, theirs.adder_elements),
+    }
+    for name in dict.fromkeys((*ours.operations, *theirs.operations)):
+        rows[name] = (ours.operations.get(name, 0), theirs.operations.get(name, 0))
+    rows["bytes read, as traced"] = (ours.bytes_read, theirs.bytes_read)
+    rows["bytes written, as traced"] = (ours.bytes_written, theirs.bytes_written)
+    lines = [f"{'operations, millions an image':45}{'model':>14}{'twin':>14}"]
+    for name, (model, twin) in rows.items():
+        lines.append(f"{name:45}{model / 1e6:14,.3f}{twin / 1e6:14,.3f}")
+    return lines
+
+
+def _remarks(report: Report) -> list[str]:
+    lines = [
+        f"unit energies: {report.table.name} ({report.table.source})",
+        "paper: matrix products, convolutions and adder operators only; |.| costs nothing",
+        "full: every operation; divisions, roots, exp, ... as modeled in energy_tables.py; each "
+        f"operator reads and\n  writes its arrays in {report.memory} at "
+        f"{report.table.memory[report.memory]:g} pJ a byte, which is too much where operators are "
+        "fused",
+    ]
+    for name, ledger in (("model", report.model), ("twin", report.twin)):
+        for what, found in (
+            ("NOT COUNTED, primitives that are not known", ledger.unknown),
+            ("COUNTED FOR ONE TURN, loops of unknown length", ledger.open_loops),
+        ):
+            if found:
+                listed = Counter(f"{item.primitive} in {item.path or '/'}" for item in found)
+                lines.append(f"{name}: {what}: {', '.join(sorted(listed))}")
+    return lines
+
+
+def _ratio(model: float, twin: float) -> float:
+    return twin / model if model else 1.0
+
+
+def _pair(model: float, twin: float) -> str:
+    ratio = f"{twin / model:8.2f}" if model and twin else f"{'-':>8}"
+    return f"{model:9.3f}{twin:9.3f}{ratio}"

@@ -1,0 +1,280 @@
+"""Energies of the published models, tables by hand, and the command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from adderflax import VisionTransformerConfig, adder_matmul
+from adderflax import energy as command
+from adderflax.analysis import EnergyTable, NumberFormat, count_operations, energy
+from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
+from adderflax.analysis.energy_report import compare, split_into_parts
+from adderflax.analysis.energy_tables import SOFTWARE, TABLES
+from adderflax.operators import available_implementations
+from adderflax.training.config import ConfigError, default_config
+
+ROOT = Path(__file__).parent.parent.parent
+DIGITS = ["--config", str(ROOT / "configs/digits_adder_vit.py")]
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def run(capsys, *arguments):
+    command.main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    assert not captured.err
+    return captured.out
+
+
+def error(capsys, *arguments):
+    """What a mistake prints: one paragraph."""
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    assert not captured.out and stopped.value.code != 0
+    return captured.err + str(stopped.value.code)
+
+
+# Total mJ of the twin, with adder linear layers, and with L1 similarity too, from 4.6 and
+# 1.8 pJ a multiply-accumulate; and the giga multiply-accumulates of the twin.
+PUBLISHED = {
+    "ti": (5.77, 2.84, 2.59, 1.254),
+    "s": (21.16, 9.44, 8.94, 4.599),
+    "b": (80.8, 33.9, 32.9, 17.564),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_totals(size, capsys):
+    twin, linear, default, macs = PUBLISHED[size]
+    config = ["--config", ROOT / f"configs/imagenet_adder_deit_{size}.py", "--json"]
+    for arguments, total in (([], default), (["--config.model.similarity=dot"], linear)):
+        found = json.loads(run(capsys, *config, *arguments, "--convention", "paper"))
+        assert list(found) == ["convention", "unit", "total", "twin_total", "ratio", "parts"]
+        assert (found["convention"], found["unit"]) == ("paper", "mJ")
+        assert found["total"] == pytest.approx(total, rel=0.01)
+        assert found["twin_total"] == pytest.approx(twin, rel=0.01)
+        assert found["ratio"] == pytest.approx(twin / total, rel=0.01)
+        assert found["twin_total"] == pytest.approx(macs * 4.6, rel=0.001)
+
+
+def test_standard_vit_is_its_own_twin(capsys):
+    file = f"{ROOT / 'configs/imagenet_adder_deit_ti.py'}:vit"
+    found = json.loads(run(capsys, "--config", file, "--json"))
+    assert found["ratio"] == 1.0 and found["total"] == pytest.approx(5.77, rel=0.01)
+
+
+def digits_model(**fields):
+    return VisionTransformerConfig.from_variant("digits", image_size=8, channels=1, num_classes=10, **fields)
+
+
+def test_parts_by_hand():
+    # 17 tokens of width 64, 4 heads of 16, hidden width 256, 4 blocks.
+    parts = split_into_parts(inference_ledger(digits_model()))
+    assert parts["patch embedding"].macs == 16 * 4 * 64
+    assert parts["q, k, v projections"].adder_elements == 4 * 3 * 17 * 64 * 64
+    assert parts["scores"].adder_elements == 4 * 4 * 17 * 17 * 16
+    assert parts["A V"].macs == 4 * 4 * 17 * 17 * 16
+    assert parts["output projection"].adder_elements == 4 * 17 * 64 * 64
+    assert parts["fc1, fc2"].adder_elements == 4 * 2 * 17 * 64 * 256
+    assert parts["head"].macs == 640
+    # The weights, which nobody asks for, are not divided; the output, of width 64, is.
+    softmax = parts["softmax, scale, identity"].operations
+    assert softmax["exponential"] == 4 * 4 * 17 * 17 and softmax["divide"] == 4 * 17 * 64
+    # Two normalizations before, four after the 64-wide layers and one after fc1, and the last.
+    normalization = parts["normalization"].operations
+    assert normalization["square_root"] == 4 * 8 * 17 + 1
+    assert parts["GELU"].operations["tanh"] == 4 * 17 * 256
+    twin = split_into_parts(inference_ledger(multiplying_twin(digits_model())))
+    assert twin["scores"].macs == twin["A V"].macs == 4 * 4 * 17 * 17 * 16
+    assert set(twin) == set(parts) and not any(part.adder_elements for part in twin.values())
+
+
+def test_parts_add_up_to_the_total():
+    model = digits_model()
+    ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
+    report = compare(*ledgers, TABLES["fp32"], "sram_1mb")
+    for convention in ("paper", "full"):
+        found = report.as_json(convention)
+        for key in ("total", "twin_total"):
+            assert sum(p[key] for p in found["parts"]) == pytest.approx(found[key], rel=1e-9)
+    paper, full = (report.total(c)[0] for c in ("paper", "full"))
+    assert paper.memory == 0 < full.memory and full.arithmetic > paper.total
+
+
+def test_the_count_does_not_depend_on_the_implementation():
+    default = inference_ledger(digits_model())
+    assert default.adder_elements
+    for name in available_implementations():
+        assert inference_ledger(digits_model(implementation=name)) == default
+
+
+@pytest.mark.parametrize(
+    ("table", "mac", "term", "full_term"),
+    [
+        ("fp32", 4.6, 1.8, 1.8),
+        ("fp16", 1.5, 0.8, 0.8),
+        ("int8", 0.23, 0.06, 0.09),
+        ("int8_int32", 0.3, 0.13, 0.16),
+        ("traced", 4.6, 1.8, 1.8),
+    ],
+)
+def test_unit_energies(table, mac, term, full_term):
+    product = count_operations(jnp.dot, array(10, 10), array(10, 10))
+    adder = count_operations(adder_matmul, array(10, 10), array(10, 10))
+    nanojoule = 1e-6  # in millijoules, for a thousand operations of a picojoule
+    assert energy(product, "paper", table).total == pytest.approx(mac * nanojoule)
+    assert energy(adder, "paper", table).total == pytest.approx(term * nanojoule)
+    full = energy(adder, "full", table, memory="none")
+    assert full.total == pytest.approx(full_term * nanojoule)
+
+
+def test_full_prices_everything_else_and_memory():
+    ledger = count_operations(lambda x: jnp.exp(x) * x, array(1000))
+    assert energy(ledger, "paper").total == 0
+    full = energy(ledger, "full", memory="dram")
+    multiplications, additions = SOFTWARE["exponential"]
+    software = multiplications * 3.7 + additions * 0.9
+    assert full.operations == pytest.approx({"exponential": software * 1e-6, "multiply": 3.7e-6})
+    # The exponential reads and writes 4 KB, the product reads 8 KB and writes 4.
+    assert full.memory == pytest.approx(20000 * 1300 / 8 * 1e-9)
+
+
+def test_products_move_fewer_bytes_in_int8():
+    ledger = count_operations(jnp.dot, array(10, 20), array(20, 30))
+    numbers = 10 * 20 + 20 * 30 + 10 * 30
+    for table, width in (("fp32", 4), ("fp16", 2), ("int8", 1)):
+        memory = energy(ledger, "full", table, memory="sram_8kb").memory
+        assert memory == pytest.approx(numbers * width * 1.25e-9)
+
+
+def test_one_format_for_all_makes_the_traced_one_irrelevant():
+    totals = {
+        dtype: energy(inference_ledger(digits_model(dtype=dtype)), "full").total
+        for dtype in ("float32", "bfloat16")
+    }
+    assert totals["bfloat16"] == pytest.approx(totals["float32"], rel=1e-9)
+
+
+def test_a_table_of_ones_own():
+    number = NumberFormat(add=1.0, multiply=2.0, sign=0.5, bytes=4)
+    table = EnergyTable(
+        name="mine",
+        source="a measurement",
+        formats={"float32": number, "int32": number},
+        products=None,
+        sums=None,
+        elsewhere=None,
+        memory={"none": 0.0},
+    )
+    adder = count_operations(adder_matmul, array(10, 10), array(10, 10))
+    assert energy(adder, "full", table, "none").total == pytest.approx(2.5e-6)
+    half = count_operations(lambda x: x + x, array(3, dtype=jnp.float16))
+    with pytest.raises(ValueError, match="'mine' has no figures for float16"):
+        energy(half, "full", table, "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"convention": "mac"}, "convention='mac' is not known; choose one of 'paper', 'full'"),
+        ({"table": "fp64"}, "table='fp64' is not known; choose one of 'fp32'"),
+        ({"memory": "tape"}, "memory='tape' is not known; choose one of 'none'"),
+    ],
+)
+def test_unknown_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        energy(count_operations(jnp.dot, array(2), array(2)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "expected"),
+    [
+        ("digits", None, (8, 1, 10)),
+        ("digits", 16, (16, 1, 10)),
+        ("cifar100", None, (32, 3, 100)),
+        ("cifar10:3.0.2", None, (32, 3, 10)),
+        ("imagenette/160px-v2", None, (224, 3, 10)),
+        ("oxford_flowers102", 64, (64, 3, 1000)),
+    ],
+)
+def test_image_sets_are_described_without_being_opened(name, image_size, expected):
+    config = default_config()
+    config.data.name = name
+    config.data.image_size = image_size
+    model = configured_model(config)
+    assert (model.image_size, model.channels, model.num_classes) == expected
+
+
+def test_an_unknown_set_asks_for_its_size():
+    config = default_config()
+    config.data.name = "oxford_flowers102"
+    with pytest.raises(ConfigError, match="'oxford_flowers102'.*--config.data.image_size=N"):
+        configured_model(config)
+
+
+def test_tables_of_the_command(capsys):
+    text = run(capsys, *DIGITS, "--config.model.similarity=dot", "--convention=full")
+    lines = text.splitlines()
+    assert "one image of 8x8x1, 10 classes" in lines[0]
+    for name in ("scores", "normalization", "softmax, scale, identity", "total"):
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1
+    (scores,) = (line.split() for line in lines if line.startswith("scores "))
+    assert scores[3] == "1.00"  # a dot product, as in the twin
+    assert [f"share of full: {what}" in text for what in ("memory", "arithmetic of")] == [True] * 2
+    assert lines[-1].startswith("full: ") and "ratio" in lines[-1]
+    assert "NOT COUNTED" not in text and "OF UNKNOWN LENGTH" not in text
+
+
+def test_a_picture_is_drawn(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(capsys, *DIGITS, "--plot", tmp_path / "energy.svg")
+    picture = (tmp_path / "energy.svg").read_text()
+    assert "<svg" in picture and picture.count("patch_") > 20
+
+
+def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = error(capsys, *DIGITS, "--plot", tmp_path / "energy.png")
+    assert "error: A picture needs matplotlib" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([*DIGITS, "--config.modle.identity=False"], "no field 'modle'. Did you mean 'model'?"),
+        ([*DIGITS, "--config.seed=abc"], "--config.seed=abc: invalid literal for int()"),
+        ([*DIGITS, "--config.model.arithmetic=add"], "arithmetic='add' is not known"),
+        ([*DIGITS, "--config.data.name=flowers"], "--config.data.image_size=N"),
+        ([*DIGITS, "--config.data.image_size=9"], "image_size=9 is not a multiple"),
+        ([*DIGITS, "--table=fp64"], "invalid choice: 'fp64'"),
+        ([*DIGITS, "--convention=mac"], "invalid choice: 'mac'"),
+        ([*DIGITS, "extra"], "unknown argument extra"),
+        ([*DIGITS, "--plot=/no/such/folder/energy.png"], "/no/such/folder/energy.png"),
+        (["--config", "configs/no_such.py"], "no_such.py"),
+        ([], "--config"),
+    ],
+)
+def test_mistakes(capsys, arguments, expected):
+    message = error(capsys, *arguments)
+    assert expected in message and "Traceback" not in message
+
+
+def test_the_module_runs_as_a_command_without_any_device():
+    done = subprocess.run(
+        [sys.executable, "-m", "adderflax.energy", *DIGITS, "--convention", "full", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["convention"] == "full" and not done.stderr
