@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.operators import adder_attention, adder_matmul
+from adderflax.operators import adder_attention, adder_matmul, available_implementations
+from adderflax.operators.rules import canonical_rule
 
 Array = jax.Array
 GradientRule = str | tuple[str, float]
@@ -25,7 +26,10 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """What one encoder block computes and with which arithmetic. Defaults are the paper's adder block.
+    """What one encoder block computes and with which arithmetic.
+
+    The defaults are the adder block of "Adder Attention for Vision Transformer" as independent readers
+    report it; axis of the normalization and arithmetic of the output projection are our choice.
 
     Attributes:
       embed_dim: width of the residual stream.
@@ -35,7 +39,7 @@ class EncoderConfig:
       output_projection: arithmetic of the attention's output projection.
       similarity: "l1" for ``-sum_c |q_c - k_c|`` or "dot" for ``q . k``.
       aggregation: "dot" for the product ``A V`` or "l1" for its adder form.
-      identity: whether I is added to the attention map (eq. 20 of "Adder Attention for Vision Transformer").
+      identity: whether I is added to the attention map (the paper's eq. 20, as two readers report it).
       attention_scale: factor on the similarity; None means ``1/sqrt(2 d (1 - 2/pi))`` for "l1" and
         ``1/sqrt(d)`` for "dot", d the head width.
       normalization: "layer" puts a LayerNorm over the features after every linear layer of the block,
@@ -88,8 +92,13 @@ class EncoderConfig:
                 f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}: every head"
                 " takes embed_dim / num_heads features. Choose a multiple of num_heads."
             )
+        if self.mlp_dim is not None and self.mlp_dim < 1:
+            raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or None for 4 * embed_dim.")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
+        for name in ("grad_inputs", "grad_kernel", "grad_query", "grad_key"):
+            canonical_rule(getattr(self, name), name)
+        require_choice("implementation", self.implementation, (None, *available_implementations()))
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -286,7 +295,7 @@ class AdderMlp(nn.Module):
     def __call__(self, x_BxTxD: Array) -> Array:
         """Applies the MLP to [..., embed_dim]; returns the same shape."""
         config = self.config
-        hidden = config.mlp_dim or 4 * config.embed_dim
+        hidden = 4 * config.embed_dim if config.mlp_dim is None else config.mlp_dim
         x = dense(config, config.linear, hidden, "fc1")(x_BxTxD)
         return dense(config, config.linear, config.embed_dim, "fc2")(nn.gelu(x))
 

@@ -41,12 +41,19 @@ def predict(workdir: str | Path, images: Sequence, *, best: bool = False) -> lis
     return [{info.class_names[i]: float(row[i]) for i in np.argsort(-row, kind="stable")} for row in rows]
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m adderflax.predict", description=__doc__)
     parser.add_argument("workdir", help="directory of a trained run")
     parser.add_argument("image", nargs="+", help="image files, of any format that Pillow reads")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to print (default 5)")
+    parser.add_argument("--top", type=_positive, default=5, help="how many classes to print (default 5)")
     parser.add_argument("--best", action="store_true", help="use the best checkpoint, not the newest")
     parser.add_argument("--json", action="store_true", help="print one JSON object an image")
     arguments = parser.parse_args(argv)
@@ -54,10 +61,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from PIL import Image
 
     logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened for reading is read-only
+    images = []
+    for path in arguments.image:
+        try:
+            image = Image.open(path)
+            image.load()
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it first")
+            images.append(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            sys.exit(
+                f"error: {path} cannot be read as an image: {error}. Give an 8-bit file that Pillow opens."
+            )
     try:
-        images = [Image.open(path) for path in arguments.image]
         results = predict(arguments.workdir, images, best=arguments.best)
-    except (OSError, ConfigError, WorkdirError) as error:
+    except (ConfigError, WorkdirError) as error:
         sys.exit(f"error: {error}")
     for path, result in zip(arguments.image, results):
         shown = dict(list(result.items())[: arguments.top])

@@ -237,6 +237,10 @@ def test_stochastic_depth_drops_whole_branches_and_rescales():
         ({"linear": "add"}, "linear='add' is not known; choose one of 'adder', 'multiply'"),
         ({"similarity": "l2"}, "similarity='l2' is not known; choose one of 'l1', 'dot'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
+        ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
+        ({"grad_inputs": "hardtahn"}, "grad_inputs.*hardtahn"),
+        ({"grad_key": ("hardtanh", -1.0)}, "grad_key"),
+        ({"implementation": "fast"}, "implementation='fast' is not known; choose one of None, 'reference'"),
         ({"dtype": "float64"}, "dtype='float64' is not known; choose one of 'float32', 'bfloat16'"),
     ],
 )

@@ -17,12 +17,14 @@ SMALL = ["--config.model.depth=1", "--config.model.embed_dim=16", "--config.mode
 
 
 def command(*arguments, **keywords):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    # A proxy that refuses at once: where there is a network, nothing is downloaded either.
+    offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | offline
     return dict(args=[sys.executable, *arguments], cwd=ROOT, env=environment, text=True) | keywords
 
 
 def run(*arguments):
-    return subprocess.run(**command(*arguments), capture_output=True)
+    return subprocess.run(**command(*arguments), capture_output=True, timeout=240)
 
 
 def error(*arguments):
@@ -78,6 +80,9 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
 
     missing = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "none.png"))
     assert missing.returncode == 1 and "none.png" in missing.stderr and "Traceback" not in missing.stderr
+    (tmp_path / "cut.png").write_bytes((tmp_path / "black.png").read_bytes()[:60])
+    cut = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "cut.png"))
+    assert cut.returncode == 1 and "cut.png cannot be read" in cut.stderr and "Traceback" not in cut.stderr
 
 
 @pytest.mark.parametrize(
@@ -91,8 +96,9 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
         (["--workdir=/proc/run"], "The workdir /proc/run cannot be written"),
     ],
 )
-def test_mistakes(arguments, expected):
-    assert expected in error(*digits(*arguments)[1:])
+def test_mistakes(tmp_path, arguments, expected):
+    assert expected in error(*digits(f"--workdir={tmp_path}", *arguments)[1:])
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_missing_configuration():
@@ -101,7 +107,8 @@ def test_missing_configuration():
 
 
 def test_missing_data_set(tmp_path):
-    message = error("--config", "configs/cifar10_adder_vit.py", f"--config.data.data_dir={tmp_path}")
+    places = [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={tmp_path}"]
+    message = error("--config", "configs/cifar10_adder_vit.py", *places)
     assert "cifar10" in message and "configs/digits_adder_vit.py" in message
 
 

@@ -70,9 +70,10 @@ def _part(config: DataConfig, raw: RawDataset) -> Dataset:
     train_positions, validation_positions = _split_off(config, raw.train_positions)
     decoded_train = decoded_test = None
     if _held_in_memory(config, raw, size):
-        decoded_train = DecodedSplit(raw.train, view)
+        untouched = raw.native_size == size and resize in (None, size)
+        decoded_train = DecodedSplit(raw.train, view, untouched)
         shared = raw.test is raw.train
-        decoded_test = decoded_train if shared else DecodedSplit(raw.test, view)
+        decoded_test = decoded_train if shared else DecodedSplit(raw.test, view, untouched)
     validation = None
     if len(validation_positions):
         validation = ImageSource(raw.train, validation_positions, view, decoded_train)

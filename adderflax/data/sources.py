@@ -96,11 +96,23 @@ class ArraySplit:
 
 
 class DecodedSplit:
-    """Decodes a whole split on first use, once, and holds it in memory."""
+    """Decodes a whole split on first use, once, and holds it in memory as evaluation sees it.
 
-    def __init__(self, split: Split, view: EvaluationView):
+    Attributes:
+      untouched: whether evaluation sees the images just as they are stored.
+    """
+
+    def __init__(self, split: Split, view: EvaluationView, untouched: bool):
+        """Decodes nothing yet.
+
+        Args:
+          split: where the images are stored.
+          view: how evaluation looks at an image.
+          untouched: whether that leaves the images of this split as they are.
+        """
         self._split = split
         self._view = view
+        self.untouched = untouched
         self._lock = threading.Lock()
         self._arrays: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -129,11 +141,13 @@ class DecodedSplit:
         return images, labels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"split": self._split, "view": self._view, "arrays": self.arrays()}
+        own = {"split": self._split, "view": self._view, "untouched": self.untouched}
+        return own | {"arrays": self.arrays()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["split"], state["view"])
-        self._arrays = state["arrays"]
+        arrays = state.pop("arrays")
+        self.__init__(**state)
+        self._arrays = arrays
 
 
 class ImageSource:
@@ -183,7 +197,7 @@ class ImageSource:
     def stored(self, index: int) -> tuple[bytes | np.ndarray, int]:
         """Returns one image before any resizing, encoded or as pixels, and its label."""
         position = int(self._positions[index])
-        if self._decoded is not None:
+        if self._decoded is not None and self._decoded.untouched:
             images, labels = self._decoded.arrays()
             return images[position], int(labels[position])
         return self._split.stored([position])[0]

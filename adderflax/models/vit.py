@@ -15,53 +15,48 @@ from adderflax.layers import (
     require_choice,
 )
 
-# Sizes of DeiT (Touvron et al., 2021, table 1); /4 are the same encoders on 4-pixel patches of 32x32 images.
+# Sizes of DeiT (Touvron et al., 2021, table 1) for ImageNet; /4 are the same encoders on 4-pixel patches,
+# for CIFAR-10.
 VARIANTS = {
     "Ti/16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
     "S/16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
     "B/16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
-    "Ti/4": {"patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3},
-    "S/4": {"patch_size": 4, "embed_dim": 384, "depth": 12, "num_heads": 6},
-    "digits": {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
+}
+for _variant in ("Ti", "S"):
+    VARIANTS[f"{_variant}/4"] = VARIANTS[f"{_variant}/16"] | {
+        "patch_size": 4,
+        "image_size": 32,
+        "num_classes": 10,
+    }
+VARIANTS["digits"] = {
+    "patch_size": 2,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "image_size": 8,
+    "channels": 1,
+    "num_classes": 10,
 }
 
 # A preset is a complete choice of these fields; "custom" leaves each of them to the caller.
-PRESETS = {
-    "adder": {
-        "linear": "adder",
-        "output_projection": "adder",
-        "similarity": "l1",
-        "aggregation": "dot",
-        "patch_embedding": "multiply",
-        "head": "multiply",
-        "identity": True,
-        "normalization": "layer",
-        "use_bias": False,
-    },
-    "multiply": {
-        "linear": "multiply",
-        "output_projection": "multiply",
-        "similarity": "dot",
-        "aggregation": "dot",
-        "patch_embedding": "multiply",
-        "head": "multiply",
-        "identity": True,
-        "normalization": "layer",
-        "use_bias": False,
-    },
-    "vit": {
-        "linear": "multiply",
-        "output_projection": "multiply",
-        "similarity": "dot",
-        "aggregation": "dot",
-        "patch_embedding": "multiply",
-        "head": "multiply",
-        "identity": False,
-        "normalization": "none",
-        "use_bias": True,
-    },
+_ADDER = {
+    "linear": "adder",
+    "output_projection": "adder",
+    "similarity": "l1",
+    "aggregation": "dot",
+    "patch_embedding": "multiply",
+    "head": "multiply",
+    "identity": True,
+    "normalization": "layer",
+    "use_bias": False,
 }
-PRESET_FIELDS = tuple(PRESETS["adder"])
+_MULTIPLY = _ADDER | {"linear": "multiply", "output_projection": "multiply", "similarity": "dot"}
+PRESETS = {
+    "adder": _ADDER,
+    "multiply": _MULTIPLY,
+    "vit": _MULTIPLY | {"identity": False, "normalization": "none", "use_bias": True},
+}
+PRESET_FIELDS = tuple(_ADDER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

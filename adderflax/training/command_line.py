@@ -1,6 +1,7 @@
 """``--config FILE[:argument] --config.a.b=value``, with mistakes told in one paragraph."""
 
 import re
+import traceback
 from collections.abc import Sequence
 
 from absl import flags
@@ -29,6 +30,8 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
         getattr(holder.value, "model", None)
         return rest
     except (AttributeError, KeyError) as error:
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise  # a mistake inside the configuration file: its author needs the traceback
         # ml_collections quotes the unknown name first, then proposes the nearest one that exists.
         words = re.findall(r"\w+", str(error.args[0]).replace("\\n", " "))
         proposal = f" Did you mean {words[4]!r}?" if "mean" in words else ""

@@ -26,9 +26,7 @@ class MetricsWriter:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
         scratch.replace(self._path)
         self._file = self._path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "MetricsWriter":
         return self

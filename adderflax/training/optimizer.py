@@ -86,12 +86,13 @@ def make_optimizer(
       The transformation, to be fed gradients that are already averaged over the whole batch, and the
       schedule, a function of the update's index.
     """
-    warmup_steps = round(config.warmup_fraction * total_steps)
+    # At least one step is left for the cosine.
+    warmup_steps = min(round(config.warmup_fraction * total_steps), total_steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,
         warmup_steps=warmup_steps,
-        decay_steps=max(total_steps, 1),
+        decay_steps=total_steps,
         end_value=config.final_fraction * config.learning_rate,
     )
     steps = []
@@ -155,15 +156,16 @@ def decay_mask(params: Any, decay_adder: bool) -> Any:
     """True for the parameters that weight decay applies to: dense kernels and, if asked, adder templates."""
 
     def decays(path, _):
-        return _leaf_name(path) == "kernel" or (decay_adder and is_adder_parameter(path))
+        return _has_name(path, "kernel") or (decay_adder and is_adder_parameter(path))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def is_adder_parameter(path: tuple) -> bool:
     """Whether a parameter's key path is that of adder templates, which are named ``adder_kernel``."""
-    return _leaf_name(path) == "adder_kernel"
+    return _has_name(path, "adder_kernel")
 
 
-def _leaf_name(path: tuple) -> str:
-    return str(getattr(path[-1], "key", path[-1]))
+def _has_name(path: tuple, name: str) -> bool:
+    # Any entry counts: some libraries put the array itself one level below its name.
+    return any(getattr(entry, "key", getattr(entry, "name", None)) == name for entry in path)

@@ -19,7 +19,6 @@ def deit(variant: str, arithmetic: str) -> ConfigDict:
     config.data.validation_fraction = 0.01
     config.data.workers = 8
     config.model.variant = variant
-    config.model.drop_path_rate = 0.1
     config.model.dtype = "bfloat16"
 
     config.batch_size = 1024
@@ -30,13 +29,7 @@ def deit(variant: str, arithmetic: str) -> ConfigDict:
     config.optimizer.weight_decay = 0.05
 
     config.augment.random_resized_crop = True
-    config.augment.flip = True
-    config.augment.randaugment_layers = 2
-    config.augment.randaugment_magnitude = 9
-    config.augment.mixup_alpha = 0.8
-    config.augment.cutmix_alpha = 1.0
-    config.augment.erasing_probability = 0.25
-    config.augment.label_smoothing = 0.1
+    _regularize(config)
 
     config.eval_every = 6250
     config.checkpoint_every = 1250
@@ -54,7 +47,6 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
     config = default_config(arithmetic)
     config.data.name = name
     config.model.variant = "Ti/4"
-    config.model.drop_path_rate = 0.1
 
     config.batch_size = 256
     config.epochs = 200.0
@@ -65,14 +57,21 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
     config.ema_decay = 0.999
 
     config.augment.crop_padding = 4
-    config.augment.flip = True
-    config.augment.randaugment_layers = 2
-    config.augment.mixup_alpha = 0.8
-    config.augment.cutmix_alpha = 1.0
-    config.augment.erasing_probability = 0.25
-    config.augment.label_smoothing = 0.1
+    _regularize(config)
 
     config.eval_every = 1760
     config.checkpoint_every = 880
     config.log_every = 50
     return config
+
+
+def _regularize(config: ConfigDict) -> None:
+    """What DeiT does to images and labels besides cropping, and its stochastic depth."""
+    config.augment.flip = True
+    config.augment.randaugment_layers = 2
+    config.augment.randaugment_magnitude = 9
+    config.augment.mixup_alpha = 0.8
+    config.augment.cutmix_alpha = 1.0
+    config.augment.erasing_probability = 0.25
+    config.augment.label_smoothing = 0.1
+    config.model.drop_path_rate = 0.1

@@ -110,7 +110,8 @@ def make_train_step(
       mesh: the devices.
 
     Returns:
-      ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy and gradient_norm.
+      ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy, gradient_norm and
+      parameter_norm, the last one of the new parameters.
     """
 
     def loss_and_hits(params, images, targets, key):
@@ -156,6 +157,7 @@ def make_train_step(
             "loss": loss,
             "accuracy": accuracy,
             "gradient_norm": optax.tree.norm(gradients),
+            "parameter_norm": optax.tree.norm(params),
         }
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
         return state, metrics
@@ -191,7 +193,7 @@ def make_eval_step(
         return {
             "loss": jnp.sum(losses * weight),
             "correct": jnp.sum(correct.astype(jnp.float32) * weight),
-            "correct_top5": jnp.sum((rank < 5).astype(jnp.float32) * weight),
+            "correct_top5": jnp.sum(jnp.where(jnp.isnan(own[:, 0]), 0.0, rank < 5) * weight),
             "examples": jnp.sum(weight),
         }
 

@@ -14,7 +14,7 @@ from adderflax.training.metrics import MetricsWriter
 
 
 class DivergenceError(RuntimeError):
-    """The loss or the gradient is no longer finite."""
+    """The loss, the gradient or the parameters are no longer finite."""
 
 
 class StepLog:
@@ -78,7 +78,7 @@ class StepLog:
         """Takes the figures of update `step` on the examples `indices`, and reads the previous ones.
 
         Raises:
-          DivergenceError: the previous update's loss or gradient was not finite.
+          DivergenceError: the previous update's loss, gradient or parameters were not finite.
         """
         self.flush()
         self._pending = (step, metrics, indices)
@@ -87,21 +87,14 @@ class StepLog:
         """Reads the figures that are still on the devices.
 
         Raises:
-          DivergenceError: the update's loss or gradient was not finite.
+          DivergenceError: the update's loss, gradient or parameters were not finite.
         """
         if self._pending is None:
             return
         (step, metrics, indices), self._pending = self._pending, None
         figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._tick()
-        if not all(math.isfinite(value) for value in figures.values()):
-            shown = ", ".join(f"{name} {value}" for name, value in figures.items())
-            raise DivergenceError(
-                f"Update {step} is not finite: {shown}. It was computed on the training examples"
-                f" {indices.tolist()}. The run stops; the checkpoints in its workdir are from earlier updates"
-                " and are intact. Lower optimizer.learning_rate, raise optimizer.warmup_fraction or clip with"
-                " optimizer.clip_norm, in another workdir."
-            )
+        self.require_finite(step, figures, indices)
         speed = self.images_per_second
         self._bar.set_postfix_str(
             f"loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.3f}"
@@ -115,6 +108,21 @@ class StepLog:
             if speed:
                 line["images_per_second"] = speed
             self._writer.write(step, **line)
+
+    @staticmethod
+    def require_finite(step: int, figures: dict[str, float], indices: np.ndarray) -> None:
+        """Raises DivergenceError, naming the update's examples, unless every figure is finite."""
+        if not all(math.isfinite(value) for value in figures.values()):
+            shown = ", ".join(f"{name} {value}" for name, value in figures.items())
+            examples = ", ".join(map(str, indices[:8])) + (
+                f" and {len(indices) - 8} more" if len(indices) > 8 else ""
+            )
+            raise DivergenceError(
+                f"Update {step} is not finite: {shown}. It was computed on training examples {examples}."
+                " The run stops; the checkpoints in its workdir are from earlier updates and are intact. Lower"
+                " optimizer.learning_rate, raise optimizer.warmup_fraction or clip with optimizer.clip_norm,"
+                " in another workdir."
+            )
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""

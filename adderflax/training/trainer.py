@@ -15,7 +15,7 @@ from adderflax.training import sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.config import ConfigError, RunConfig
-from adderflax.training.metrics import MetricsWriter
+from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.state import (
     TrainState,
@@ -49,7 +49,6 @@ class Trainer:
         self.config = RunConfig.parse(config)
         self.mesh = sharding.make_mesh()
         try:
-            sharding.require_divisible(self.config.batch_size, self.mesh, self.config.accumulation_steps)
             self.dataset = data_lib.load_dataset(self.config.data)
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -106,12 +105,11 @@ class Trainer:
         """
         # A batch of evaluation divides over the devices; what pads it has weight 0.
         batch_size = math.ceil(self.config.batch_size / self.mesh.size) * self.mesh.size
-        sums = [
-            self.eval_step(state.evaluated_params, sharding.put_batch(batch, self.mesh))
-            for batch in data_lib.evaluation_batches(
-                self.dataset, part, self.config.data, batch_size=batch_size
-            )
-        ]
+        sums = []
+        for batch in data_lib.evaluation_batches(self.dataset, part, self.config.data, batch_size=batch_size):
+            sums.append(self.eval_step(state.evaluated_params, sharding.put_batch(batch, self.mesh)))
+            # Loads the next batch while this one is computed, but never queues more than two on a device.
+            jax.block_until_ready(sums[-2:-1])
         total = {name: math.fsum(float(batch[name]) for batch in sums) for name in sums[0]}
         figures = {
             f"{part}_loss": total["loss"] / total["examples"],
@@ -139,19 +137,24 @@ def train(
       progress: whether to draw a progress bar.
 
     Returns:
-      The summary, which is also written to ``summary.json``.
+      The summary, which is also written to ``summary.json``: figures of the evaluated parameters on the test
+      split, steps, best_step, parameters, images_per_second of training alone, seconds of this process,
+      devices and the configuration.
 
     Raises:
       ConfigError: the configuration cannot be run.
       adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
       adderflax.training.workdir.WorkdirError: the workdir cannot be written or holds another run.
-      DivergenceError: the loss or the gradient became infinite or NaN.
+      DivergenceError: the loss, the gradient or the parameters became infinite or NaN.
     """
     started = time.monotonic()
-    trainer = Trainer(config)
-    run, total = trainer.config, trainer.total_steps
+    run = RunConfig.parse(config)
     plain = config.to_dict() if isinstance(config, ConfigDict) else config
+    # Everything that can be refused is refused before data is read, which may mean downloading it.
+    _require_divisible(run)
     workdir = workdir_lib.open_workdir(workdir, plain, extend=extend)
+    trainer = Trainer(config)
+    total = trainer.total_steps
     workdir_lib.write_info(workdir, trainer.dataset.info)
 
     with (
@@ -159,6 +162,11 @@ def train(
         Checkpointer(workdir, keep_latest=run.keep_checkpoints) as checkpointer,
     ):
         first = checkpointer.latest_step or 0
+        if first > total:
+            raise WorkdirError(
+                f"The workdir {workdir} is at step {first} already, past the {total} steps asked for: a run"
+                " can be extended, not cut short. Choose another directory with --workdir."
+            )
         if first >= total and (summary := workdir_lib.read_summary(workdir, steps=total)):
             print(f"Finished at step {total}, nothing left to do", flush=True)
             print(_line(total, summary), flush=True)
@@ -194,6 +202,7 @@ def train(
                 with log.paused():
                     scores = trainer.validate(state) if evaluates else {}
                     if scores:
+                        log.require_finite(step, scores, batch["index"])
                         writer.write(step, **scores)
                         log.note(_line(step, scores))
                     checkpointer.save(step, state, batches, scores or None)
@@ -204,7 +213,7 @@ def train(
         "steps": total,
         "best_step": best_step,
         "parameters": parameters,
-        "images_per_second": log.images_per_second,
+        "images_per_second": log.images_per_second or _last_speed(workdir),
         "seconds": time.monotonic() - started,
         "devices": [device.device_kind for device in jax.devices()],
         "config": plain,
@@ -239,6 +248,19 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
             )
         state = checkpointer.restore_state(trainer.abstract_state())
     return {"steps": int(state.step)} | trainer.evaluate(state, "test")
+
+
+def _require_divisible(run: RunConfig) -> None:
+    try:
+        sharding.require_divisible(run.batch_size, sharding.make_mesh(), run.accumulation_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _last_speed(workdir: Path) -> float | None:
+    """The throughput that was logged last, for a process that had no update left to time."""
+    speeds = [line["images_per_second"] for line in read_metrics(workdir) if "images_per_second" in line]
+    return speeds[-1] if speeds else None
 
 
 def _line(step: int, figures: dict[str, Any]) -> str:

@@ -32,7 +32,8 @@ def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = 
     Args:
       workdir: the run's directory.
       config: the configuration as a plain dictionary of JSON values.
-      extend: accept another number of steps than the one the directory was begun with.
+      extend: accept another number of steps than the one the directory was begun with. The schedule is
+        that of the new number, so the learning rate jumps where the old one had already fallen.
 
     Returns:
       The absolute path, with ``config.json`` up to date.
@@ -52,15 +53,23 @@ def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = 
             f"The workdir {path} cannot be written ({error.strerror or error}): checkpoints and figures go"
             " there. Choose another with --workdir, or change its permissions."
         ) from error
-    if file.exists():
+    # What was begun but never saved holds nothing to protect: a mistyped first command can be corrected.
+    begun = has_checkpoints(path)
+    if begun and file.exists():
         require_same(path, config, extend=extend)
-    elif (path / "checkpoints").exists():
+    elif begun:
         raise WorkdirError(
             f"The workdir {path} has checkpoints but no config.json, so nothing says which model they belong"
             " to. Choose another with --workdir, or restore its config.json."
         )
     _write_json(file, config)
     return path
+
+
+def has_checkpoints(workdir: str | Path) -> bool:
+    """Whether a complete checkpoint is there."""
+    checkpoints = Path(workdir) / "checkpoints"
+    return checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:

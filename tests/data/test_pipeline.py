@@ -133,7 +133,9 @@ def test_processes_share_the_global_batch(case, processes):
             np.testing.assert_array_equal(batch[key], np.concatenate([part[key] for part in parts]))
 
 
-def test_held_in_memory_or_not_makes_no_difference(fixed_size_set):
+@pytest.mark.parametrize("resized", [{}, {"image_size": 16}, {"image_size": 6, "eval_resize": 8}])
+def test_held_in_memory_or_not_makes_no_difference(fixed_size_set, resized):
+    fixed_size_set = dataclasses.replace(fixed_size_set, **resized)
     held = load_dataset(fixed_size_set)
     read = load_dataset(dataclasses.replace(fixed_size_set, cache=False))
     assert held.train.in_memory and not read.train.in_memory

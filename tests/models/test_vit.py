@@ -61,8 +61,33 @@ def test_presets_differ_where_they_should():
     assert changed == {"identity", "normalization", "use_bias"}
 
 
+def test_variants_have_the_size_of_their_images():
+    sizes = {
+        name: (c.image_size, c.channels, c.num_classes, c.num_tokens)
+        for name in VARIANTS
+        for c in [VisionTransformerConfig.from_variant(name)]
+    }
+    assert sizes["B/16"] == (224, 3, 1000, 197)
+    assert sizes["Ti/4"] == sizes["S/4"] == (32, 3, 10, 65)
+    assert sizes["digits"] == (8, 1, 10, 17)
+
+
+def test_stochastic_depth_grows_with_depth():
+    config = dataclasses.replace(TINY, depth=3, drop_path_rate=0.6)
+    model, rates = VisionTransformer(config), []
+
+    def record(next_function, arguments, keywords, context):
+        if isinstance(context.module, nn.Dropout):
+            rates.append(context.module.rate)
+        return next_function(*arguments, **keywords)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), images(config)))
+    np.testing.assert_allclose(rates, [0, 0, 0.3, 0.3, 0.6, 0.6])
+
+
 def test_a_given_field_replaces_the_preset():
-    config = VisionTransformerConfig.from_variant("Ti/4", "adder", similarity="dot", depth=3, image_size=32)
+    config = VisionTransformerConfig.from_variant("Ti/4", "adder", similarity="dot", depth=3)
     assert (config.similarity, config.linear, config.depth, config.num_tokens) == (
         "dot",
         "adder",

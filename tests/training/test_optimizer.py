@@ -144,6 +144,28 @@ def test_no_warmup_starts_at_the_peak():
     assert float(schedule(0)) == 2.0
 
 
+@pytest.mark.parametrize("total_steps", [1, 2, 10])
+def test_warmup_leaves_a_step_for_the_cosine(total_steps):
+    config = OptimizerConfig(learning_rate=2.0, warmup_fraction=1.0)
+    _, schedule = make_optimizer(config, total_steps)
+    assert float(schedule(total_steps - 1)) == 2.0 and float(schedule(total_steps)) == 0.0
+
+
+def test_templates_are_found_below_their_name():
+    """nnx.State puts the array one level below its name."""
+    nested, _ = scale_adder_updates(None).update(
+        {"adder_kernel": {"value": jnp.ones((16, 4))}}, optax.EmptyState()
+    )
+    np.testing.assert_array_equal(nested["adder_kernel"]["value"], 4.0)
+
+
+def test_nesterov_looks_ahead():
+    fields = {"name": "sgd", "learning_rate": 1.0, "warmup_fraction": 0.0, "weight_decay": 0.0}
+    plain = first_update(OptimizerConfig(**fields), gradients())
+    ahead = first_update(OptimizerConfig(**fields, nesterov=True), gradients())
+    np.testing.assert_allclose(ahead["head"]["kernel"], 1.9 * plain["head"]["kernel"], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -92,15 +92,29 @@ def test_log_is_cut_back_to_the_restored_step(tmp_path):
 CONFIG = {"seed": 0, "log_every": 5, "total_steps": 10, "data": {"name": "digits", "data_dir": None}}
 
 
-def test_workdir_accepts_its_own_run_with_other_paths(tmp_path):
+def begin(path, config):
+    """A workdir with a checkpoint."""
+    workdir.open_workdir(path, config)
+    (path / "checkpoints" / "2").mkdir(parents=True)
+
+
+def test_workdir_without_a_checkpoint_takes_any_run(tmp_path):
+    """A first command with a mistake in it can be corrected."""
     workdir.open_workdir(tmp_path, CONFIG)
+    (tmp_path / "checkpoints").mkdir()
+    workdir.open_workdir(tmp_path, CONFIG | {"seed": 1})
+    assert workdir.read_config(tmp_path)["seed"] == 1
+
+
+def test_workdir_accepts_its_own_run_with_other_paths(tmp_path):
+    begin(tmp_path, CONFIG)
     moved = CONFIG | {"log_every": 7, "data": {"name": "digits", "data_dir": "/elsewhere"}}
     workdir.open_workdir(tmp_path, moved)
     assert workdir.read_config(tmp_path) == moved
 
 
 def test_workdir_names_every_differing_field(tmp_path):
-    workdir.open_workdir(tmp_path, CONFIG)
+    begin(tmp_path, CONFIG)
     other = CONFIG | {"seed": 1, "data": {"name": "mnist", "data_dir": None}}
     message = r"data.name \('digits' there, 'mnist' now\); seed \(0 there, 1 now\)"
     with pytest.raises(WorkdirError, match=message) as caught:
@@ -110,7 +124,7 @@ def test_workdir_names_every_differing_field(tmp_path):
 
 
 def test_workdir_is_extended_on_request_only(tmp_path):
-    workdir.open_workdir(tmp_path, CONFIG)
+    begin(tmp_path, CONFIG)
     longer = CONFIG | {"total_steps": 20}
     with pytest.raises(WorkdirError, match=r"total_steps \(10 there, 20 now\).*add --extend"):
         workdir.open_workdir(tmp_path, longer)
@@ -120,15 +134,16 @@ def test_workdir_is_extended_on_request_only(tmp_path):
 
 
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(WorkdirError, match="has checkpoints but no config.json"):
-        workdir.open_workdir(tmp_path, CONFIG)
+        begin(tmp_path, CONFIG)
 
 
 def test_damaged_config_is_named(tmp_path):
+    begin(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WorkdirError, match="config.json cannot be read"):
-        workdir.open_workdir(tmp_path, CONFIG)
+        begin(tmp_path, CONFIG)
 
 
 def test_batches_are_split_over_the_devices():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from adderflax.training import sharding, trainer
 from adderflax.training.config import ConfigError, default_config
@@ -99,6 +100,68 @@ def watch_updates(patch, before=lambda state, batch: None, after=lambda state, m
     patch.setattr(trainer, "make_train_step", watched)
 
 
+def test_stochastic_depth_and_augmentation_change_from_step_to_step():
+    fields = {"model.drop_path_rate": 0.9, "model.depth": 2, "augment.crop_padding": 0, "ema_decay": 0.0}
+    run = Trainer(small_config(**fields, **{"optimizer.learning_rate": 0.0}))
+    batch = sharding.put_batch(next(run.train_batches()), run.mesh)
+    state, losses = run.new_state(), []
+    for _ in range(4):
+        state, metrics = run.train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) > 1  # the same parameters and batch, other dropped branches
+
+    seen = []
+
+    def augment(key, images, labels):
+        jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
+        return images.astype(jnp.float32) / 255, jax.nn.one_hot(labels, 10)
+
+    step = trainer.make_train_step(run.model, run.optimizer, augment, mesh=run.mesh)
+    state = run.new_state()
+    for _ in range(3):
+        state, _ = step(state, batch)
+    jax.effects_barrier()
+    assert len(set(seen)) == 3
+
+
+def test_top5_counts_the_five_largest():
+    class Fixed(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            return images[:, :, 0, 0]  # the image is the logits
+
+    logits = np.tile(np.arange(12.0)[None, :, None, None], (4, 1, 1, 1))
+    batch = {
+        "image": logits,
+        "label": np.array([11, 7, 6, 0], np.int32),  # ranks 0, 4, 5, 11
+        "weight": np.ones(4, np.float32),
+    }
+    step = trainer.make_eval_step(Fixed(), lambda images: images, mesh=sharding.make_mesh())
+    sums = step({}, sharding.put_batch(batch, sharding.make_mesh()))
+    assert (sums["correct"], sums["correct_top5"], sums["examples"]) == (1, 2, 4)
+
+
+def test_other_ways_to_run(tmp_path):
+    """bfloat16, SGD with the local rate, everything augmented, no validation part; resumed once."""
+    fields = {
+        "model.dtype": "bfloat16",
+        "optimizer.name": "sgd",
+        "optimizer.adder_local_rate": 0.2,
+        "optimizer.learning_rate": 0.01,
+        "augment.randaugment_layers": 1,
+        "augment.mixup_alpha": 0.8,
+        "augment.cutmix_alpha": 1.0,
+        "augment.erasing_probability": 0.25,
+        "augment.label_smoothing": 0.1,
+        "data.validation_fraction": 0.0,
+        "ema_decay": 0.0,
+    }
+    train(small_config(total_steps=2, **fields), tmp_path, progress=False)
+    summary = train(small_config(total_steps=4, **fields), tmp_path, extend=True, progress=False)
+    assert summary["steps"] == 4 and summary["test_examples"] == 359 and summary["best_step"] is None
+    assert not any("validation_loss" in line for line in read_metrics(tmp_path))
+
+
 class Killed(BaseException):
     """Not an Exception, like KeyboardInterrupt: nothing in the loop may swallow it."""
 
@@ -144,14 +207,14 @@ def test_extending_needs_the_flag(finished, tmp_path):
     with pytest.raises(WorkdirError, match="total_steps.*--extend"):
         train(small_config(total_steps=4), tmp_path, progress=False)
     assert train(small_config(total_steps=4), tmp_path, extend=True, progress=False)["steps"] == 4
+    with pytest.raises(WorkdirError, match="at step 4 already, past the 3 steps asked for"):
+        train(small_config(total_steps=3), tmp_path, extend=True, progress=False)
 
 
 def test_a_workdir_of_another_model_is_refused(finished):
     workdir, _ = finished
     with pytest.raises(WorkdirError, match=r"model.arithmetic \('adder' there, 'multiply' now\)"):
-        config = small_config()
-        config.model.arithmetic = "multiply"
-        train(config, workdir, progress=False)
+        train(small_config(**{"model.arithmetic": "multiply"}), workdir, progress=False)
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -163,7 +226,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         watch_updates(patch, after=breaking)
-        with pytest.raises(DivergenceError, match="Update 4 is not finite: .*loss nan.*training examples"):
+        with pytest.raises(DivergenceError, match="Update 4 is not finite: .*loss nan.*on training examples .*and 24 more"):
             train(small_config(), tmp_path, progress=False)
     # The update at step 4 would have been saved; step 2 is the last good one and goes on.
     assert evaluate(tmp_path)["steps"] == 2
@@ -215,8 +278,14 @@ def test_devices_do_not_change_the_update():
             mesh=run.mesh,
         )
         state, metrics = step(state, sharding.put_batch(next(run.train_batches()), run.mesh))
-        results.append(jax.device_get(metrics))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *results)
+        results.append(jax.device_get((metrics, state.params, state.ema_params)))
+    # The first update of Adam is the gradient's sign times the rate: an element whose gradient is rounding
+    # error may go the other way.
+    close = [
+        np.isclose(a, b, rtol=1e-4, atol=1e-5).mean()
+        for a, b in zip(*(jax.tree.leaves(result) for result in results))
+    ]
+    assert min(close) > 0.9
 
 
 def test_evaluation_is_the_mean_over_every_image():
@@ -255,17 +324,25 @@ def test_the_average_is_evaluated(finished):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_size": 33}, "batch_size=33 does not divide over 2 devices.*--config.batch_size="),
         ({"data.image_size": 10}, "image_size=10 is not a multiple of patch_size=4"),
         ({"data.name": "no_such_set"}, "no_such_set"),
         ({"model.similarity": "cosine"}, "similarity='cosine' is not known; choose one of 'l1', 'dot'"),
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
+        ({"model.grad_inputs": "hardtahn"}, "grad_inputs.*hardtahn"),
+        ({"model.implementation": "fast"}, "implementation='fast' is not known"),
+        ({"model.mlp_dim": -5}, "mlp_dim=-5 must be at least 1"),
         ({"model.grad_inputs": "hardtanh:x"}, "grad_inputs='hardtanh:x' is not a gradient rule"),
     ],
 )
 def test_bad_configurations(fields, message):
     with pytest.raises((ConfigError, trainer.data_lib.DatasetNotReadyError), match=message):
         Trainer(small_config(**fields))
+
+
+def test_batch_that_does_not_divide(tmp_path):
+    message = "batch_size=33 does not divide over 2 devices.*--config.batch_size="
+    with pytest.raises(ConfigError, match=message):
+        train(small_config(batch_size=33), tmp_path, progress=False)
 
 
 def test_unwritable_workdir(tmp_path):
