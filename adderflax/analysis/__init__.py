@@ -1,9 +1,9 @@
 """Instruments: what a model computes, and what it costs.
 
-    from adderflax.analysis import count_operations, energy
+from adderflax.analysis import count_operations, energy
 
-    ledger = count_operations(function, *arguments)
-    energy(ledger, "full").total  # millijoules
+ledger = count_operations(function, *arguments)
+energy(ledger, "full").total  # millijoules
 """
 
 from adderflax.analysis.energy_tables import TABLES, Energy, EnergyTable, NumberFormat, energy

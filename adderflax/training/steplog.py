@@ -119,7 +119,7 @@ class StepLog:
             )
             raise DivergenceError(
                 f"Update {step} is not finite: {shown}. It was computed on training examples {examples}."
-                " The run stops; the checkpoints in its workdir are from earlier updates and are intact. Lower"
+                " The run stops; the checkpoints in its workdir are from earlier updates and intact. Lower"
                 " optimizer.learning_rate, raise optimizer.warmup_fraction or clip with optimizer.clip_norm,"
                 " in another workdir."
             )
