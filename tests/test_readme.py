@@ -46,8 +46,14 @@ def test_commands_name_files_and_flags_that_exist():
         words = shlex.split(line, comments=True)
         for config in (word for word in words if word.startswith("configs/")):
             assert (ROOT / config.partition(":")[0]).exists(), line
-        for flag in (word for word in words if word.startswith("--config.") is False and word[:2] == "--"):
-            assert flag[2:].partition("=")[0] in flags | {"data_dir"}, line
+        for flag in (word for word in words if word.startswith("--") and not word.startswith("--config.")):
+            assert flag[2:].partition("=")[0] in flags | {
+                "data_dir",
+                "convention",
+                "json",
+                "output",
+                "report",
+            }, line
 
 
 def test_the_layout_is_told():

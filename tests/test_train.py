@@ -101,6 +101,37 @@ def test_mistakes(tmp_path, arguments, expected):
     assert not (tmp_path / "checkpoints").exists()
 
 
+TFDS = ROOT.parent / "shared" / "tfds"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TFDS.exists(), reason=f"{TFDS} with the real image sets is not there")
+@pytest.mark.parametrize(
+    ("config", "overrides", "examples"),
+    [
+        ("cifar10_adder_vit", ["--config.total_steps=40", "--config.batch_size=64"], 10_000),
+        ("imagenette_adder_deit_ti", ["--config.total_steps=3", "--config.batch_size=8"], 393),
+    ],
+)
+def test_real_images(tmp_path, config, overrides, examples):
+    done = run(
+        "train.py",
+        f"--config=configs/{config}.py",
+        f"--config.data.data_dir={TFDS}",
+        f"--workdir={tmp_path}",
+        "--config.model.depth=1",
+        "--config.log_every=1",
+        *overrides,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["test_examples"] == examples
+    losses = [json.loads(line).get("train_loss") for line in (tmp_path / "metrics.jsonl").open()]
+    losses = [loss for loss in losses if loss is not None]
+    assert np.isfinite(losses).all()
+    if config.startswith("cifar10"):
+        assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
 def test_missing_configuration():
     assert "--config is missing" in error()
     assert "no_such.py" in error("--config", "configs/no_such.py")

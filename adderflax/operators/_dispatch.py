@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from adderflax.operators import _reference, _xla
+from adderflax.operators import _gpu, _reference, _xla
 from adderflax.operators.rules import Rule
 
 LOG_VARIABLE = "ADDERFLAX_LOG_IMPLEMENTATION"
@@ -43,15 +43,25 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "reference": Implementation(_reference.forward, _reference.gradient_x),
     "xla": Implementation(_xla.forward, _xla.gradient_x, _xla.gradient_y),
+    "gpu": Implementation(_gpu.forward, _gpu.gradient_x, _gpu.gradient_y, _gpu.PLATFORMS, _gpu.refuses),
 }
-# What implementation=None tries for each lowering platform before the fallback.
+# What implementation=None tries for each lowering platform before the fallback. A kernel enters here
+# when it has run on its device: "gpu" is compiled and emulated so far, and is used where it is named.
 _PREFERRED: dict[str, str] = {}
 _FALLBACK = "xla"
 
 
-def available_implementations() -> tuple[str, ...]:
-    """Names that the keyword `implementation` takes, besides None."""
-    return tuple(IMPLEMENTATIONS)
+def available_implementations(platform: str | None = None) -> tuple[str, ...]:
+    """Names that the keyword `implementation` takes, besides None.
+
+    Args:
+        platform: "cpu", "cuda", "rocm" or "tpu" for the names that can be compiled for it alone.
+    """
+    return tuple(
+        name
+        for name, implementation in IMPLEMENTATIONS.items()
+        if platform is None or implementation.platforms is None or platform in implementation.platforms
+    )
 
 
 def check_implementation(name: str | None) -> str | None:

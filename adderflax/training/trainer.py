@@ -158,6 +158,8 @@ def train(
     workdir_lib.write_info(workdir, trainer.dataset.info)
 
     with (
+        # Kernels that XLA cannot partition by itself need to know the mesh.
+        jax.set_mesh(trainer.mesh),
         contextlib.closing(trainer.train_batches()) as batches,
         Checkpointer(workdir, keep_latest=run.keep_checkpoints) as checkpointer,
     ):
@@ -209,15 +211,15 @@ def train(
         checkpointer.wait()
         best_step = checkpointer.best_step
 
-    summary = trainer.evaluate(state, "test") | {
-        "steps": total,
-        "best_step": best_step,
-        "parameters": parameters,
-        "images_per_second": log.images_per_second or _last_speed(workdir),
-        "seconds": time.monotonic() - started,
-        "devices": [device.device_kind for device in jax.devices()],
-        "config": plain,
-    }
+        summary = trainer.evaluate(state, "test") | {
+            "steps": total,
+            "best_step": best_step,
+            "parameters": parameters,
+            "images_per_second": log.images_per_second or _last_speed(workdir),
+            "seconds": time.monotonic() - started,
+            "devices": [device.device_kind for device in jax.devices()],
+            "config": plain,
+        }
     workdir_lib.write_summary(workdir, summary)
     print(_line(total, summary), flush=True)
     return summary
@@ -240,14 +242,14 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict())
     trainer = Trainer(saved if config is None else config)
-    with Checkpointer(workdir, read_only=True) as checkpointer:
+    with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
         if checkpointer.latest_step is None:
             raise WorkdirError(
                 f"{Path(workdir).absolute()} has no complete checkpoint yet, so there is nothing to evaluate."
                 " Train first: the same command without --eval_only."
             )
         state = checkpointer.restore_state(trainer.abstract_state())
-    return {"steps": int(state.step)} | trainer.evaluate(state, "test")
+        return {"steps": int(state.step)} | trainer.evaluate(state, "test")
 
 
 def _require_divisible(run: RunConfig) -> None:

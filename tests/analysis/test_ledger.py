@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from adderflax.analysis import count_operations
 from adderflax.operators import adder_matmul, available_implementations
 
-IMPLEMENTATIONS = (None, *available_implementations())
+IMPLEMENTATIONS = (None, *available_implementations("cpu"))
 
 
 def array(*shape, dtype=jnp.float32):

@@ -11,7 +11,7 @@ import pytest
 from adderflax.operators import adder_matmul, available_implementations
 
 # None is what users run; it chooses among the rest.
-IMPLEMENTATIONS = (None, *available_implementations())
+IMPLEMENTATIONS = (None, *available_implementations("cpu"))
 CASES = reference.generate(reference.BUCKETS, rules_per_shape=1, scales_per_program=4)
 
 
@@ -46,7 +46,7 @@ def test_there_are_enough_cases():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("implementation", available_implementations())
+@pytest.mark.parametrize("implementation", available_implementations("cpu"))
 def test_conformance(case, implementation):
     check(case, implementation)
 
@@ -68,7 +68,7 @@ def test_conformance_at_length(implementation):
     print(f"{len(LONG)} cases agree for implementation={implementation!r}")
 
 
-@pytest.mark.parametrize("implementation", available_implementations())
+@pytest.mark.parametrize("implementation", available_implementations("cpu"))
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("operand", ["x", "y", "both"])
 def test_non_finite_inputs_stay_visible(implementation, value, operand):
@@ -86,7 +86,7 @@ def test_non_finite_inputs_stay_visible(implementation, value, operand):
     assert (~np.isfinite(expected)).any()
 
 
-@pytest.mark.parametrize("implementation", available_implementations())
+@pytest.mark.parametrize("implementation", available_implementations("cpu"))
 def test_float16_operands(implementation):
     case = reference.Case((5, 20), (20, 7), "float16", "float16", "hardtanh", "full", 1.0, 1.0, seed=0)
     check(case, implementation)

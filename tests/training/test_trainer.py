@@ -226,7 +226,8 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         watch_updates(patch, after=breaking)
-        with pytest.raises(DivergenceError, match="Update 4 is not finite: .*loss nan.*on training examples .*and 24 more"):
+        message = "Update 4 is not finite: .*loss nan.*on training examples .*and 24 more"
+        with pytest.raises(DivergenceError, match=message):
             train(small_config(), tmp_path, progress=False)
     # The update at step 4 would have been saved; step 2 is the last good one and goes on.
     assert evaluate(tmp_path)["steps"] == 2

@@ -1,0 +1,96 @@
+"""Compiles CUDA kernels for the CPU, through gpu_emulation.h, and runs them on NumPy arrays."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from adderflax.operators import _gpu_kernels as kernels
+
+HEADER = Path(__file__).with_name("gpu_emulation.h")
+_FLAGS = "-std=c++17 -O0 -march=native -ffp-contract=off -w".split()
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+class EmulationError(RuntimeError):
+    """The sanitizers or the scheduler of the emulation found a fault; their report."""
+
+
+def unavailable() -> str | None:
+    """Why kernels cannot be emulated here, or None."""
+    if shutil.which("g++") is None:
+        return "no g++ to compile the kernels for the CPU"
+    command = ["g++", *_SANITIZERS, "-x", "c++", "-", "-o", "/dev/null"]
+    tried = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
+    return None if tried.returncode == 0 else "g++ has no address and undefined behaviour sanitizers"
+
+
+def emulate(folder: Path, calls, edit=lambda text: text) -> list[np.ndarray]:
+    """Runs kernels, each in two orders of its threads.
+
+    Args:
+        folder: for the program and its files.
+        calls: (problem, tile, arrays A, B and, for gradients, H in their dtypes).
+        edit: applied to the CUDA source of each, for mutations.
+
+    Returns:
+        The float32 results [batch, rows, columns]; infinite where the orders disagree.
+
+    Raises:
+        EmulationError: a kernel left its arrays or its threads their barriers.
+    """
+    units = [
+        _unit(i, problem, tile, edit(kernels.source(problem, tile)))
+        for i, (problem, tile, _) in enumerate(calls)
+    ]
+    runs = "\n".join(f"  problem_{i}::run(input, output);" for i in range(len(calls)))
+    main = (
+        'int main(int, char** names) {\n  std::FILE* input = std::fopen(names[1], "rb");\n'
+        f'  std::FILE* output = std::fopen(names[2], "wb");\n{runs}\n  std::fclose(output);\n}}\n'
+    )
+    program, source = folder / "kernels", folder / "kernels.cc"
+    source.write_text("\n".join(['#include "gpu_emulation.h"', *units, main]))
+    command = ["g++", *_FLAGS, *_SANITIZERS, f"-I{HEADER.parent}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+
+    arrays = [np.ascontiguousarray(array) for _, _, operands in calls for array in operands]
+    (folder / "input").write_bytes(b"".join(array.tobytes() for array in arrays))
+    ran = subprocess.run([program, folder / "input", folder / "output"], capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise EmulationError(ran.stderr[-3000:])
+    output = np.fromfile(folder / "output", np.float32)
+    results = []
+    for problem, tile, _ in calls:
+        shape = (tile.splits, problem.batch, problem.rows, problem.columns)
+        taken, output = np.split(output, [np.prod(shape)])
+        results.append(taken.reshape(shape).sum(0))
+    return results
+
+
+def _unit(index: int, problem: kernels.Problem, tile: kernels.Tile, text: str) -> str:
+    """A kernel in a namespace of its own, and the reading and writing of its arrays."""
+    constants = re.findall(r"(?m)^#define (\w+)", text.partition("\n//")[0])
+    lengths = {"A": "ROWS * TERMS", "B": "COLUMNS * TERMS", "H": "ROWS * COLUMNS"}
+    names = "ABH"[: len(problem.dtypes)]
+    reads = "\n".join(
+        f"  auto {name} = emulation::read<{name}_TYPE>(input, size_t(BATCH) * {lengths[name]});"
+        for name in names
+    )
+    arguments = ", ".join(f"{name}.data()" for name in names)
+    undefine = "\n".join(f"#undef {name}" for name in constants)
+    return f"""
+namespace problem_{index} {{
+#define {kernels.KERNEL_NAME} kernel_{index}
+{text}
+void run(std::FILE* input, std::FILE* output) {{
+{reads}
+  emulation::run(output, {tile.blocks(problem)}u, {tile.threads}u, &shared, sizeof(shared),
+                 size_t(SPLITS) * BATCH * ROWS * COLUMNS,
+                 [&](float* out) {{ {kernels.KERNEL_NAME}({arguments}, out); }});
+}}
+}}
+{undefine}
+#undef {kernels.KERNEL_NAME}
+"""
