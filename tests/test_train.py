@@ -69,9 +69,10 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
     evaluated = run("train.py", f"--workdir={workdir}", "--eval_only")
     assert json.loads(evaluated.stdout)["test_accuracy"] == summary["test_accuracy"], evaluated.stderr
 
-    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "black.png")
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
     predicted = run(
-        "-m", "adderflax.predict", str(workdir), str(tmp_path / "black.png"), "--json", "--top=10"
+        "-m", "adderflax.predict", str(workdir), str(tmp_path / "noise.png"), "--json", "--top=10"
     )
     probabilities = json.loads(predicted.stdout)["probabilities"]
     assert sorted(probabilities) == [str(digit) for digit in range(10)], predicted.stderr
@@ -80,7 +81,7 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
 
     missing = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "none.png"))
     assert missing.returncode == 1 and "none.png" in missing.stderr and "Traceback" not in missing.stderr
-    (tmp_path / "cut.png").write_bytes((tmp_path / "black.png").read_bytes()[:60])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "noise.png").read_bytes()[:300])
     cut = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "cut.png"))
     assert cut.returncode == 1 and "cut.png cannot be read" in cut.stderr and "Traceback" not in cut.stderr
 
