@@ -4,20 +4,31 @@ Importing this needs jax, flax and numpy. Data, training and analysis live in su
 ``train`` extra.
 """
 
-from adderflax.layers import AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
-from adderflax.models import VisionTransformer, VisionTransformerConfig
-from adderflax.operators import adder_attention, adder_matmul
+from adderflax.layers import (
+    AdderConv,
+    AdderDense,
+    AdderMlp,
+    AdderSelfAttention,
+    EncoderBlock,
+    EncoderConfig,
+)
+from adderflax.models import AdderResNet, AdderResNetConfig, VisionTransformer, VisionTransformerConfig
+from adderflax.operators import adder_attention, adder_conv, adder_matmul
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdderConv",
     "AdderDense",
     "AdderMlp",
+    "AdderResNet",
+    "AdderResNetConfig",
     "AdderSelfAttention",
     "EncoderBlock",
     "EncoderConfig",
     "VisionTransformer",
     "VisionTransformerConfig",
     "adder_attention",
+    "adder_conv",
     "adder_matmul",
 ]

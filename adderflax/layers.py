@@ -6,13 +6,14 @@ and runs on the float32 sums before anything is rounded to the layer's ``dtype``
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.operators import adder_attention, adder_matmul, available_implementations
+from adderflax.operators import adder_attention, adder_conv, adder_matmul, available_implementations
 from adderflax.operators.rules import canonical_rule
 
 Array = jax.Array
@@ -162,6 +163,69 @@ class AdderDense(nn.Module):
             implementation=self.implementation,
         )
         sums = sums if inputs.ndim > 1 else sums[0]
+        if self.normalization == "none":
+            return sums
+        return layer_norm(self.epsilon, inputs.dtype, self.param_dtype, name="norm")(sums)
+
+
+class AdderConv(nn.Module):
+    """Adder convolution, [N, H, W, C] -> [N, H', W', features]: ``-sum |patch - w|``, then LayerNorm.
+
+    The templates are the parameter ``adder_kernel`` [height, width, C / feature_group_count, features],
+    drawn from N(0, 1) as in AdderNet's official code. There is no bias: the normalization has one.
+
+    Attributes:
+      features: number of output features.
+      kernel_size: height and width of the templates.
+      strides: steps of the window in height and width.
+      padding: "SAME", "SAME_LOWER", "VALID" or ((top, bottom), (left, right)); zeros, which cost -|w|.
+      dilation: distances between the positions of a template.
+      feature_group_count: groups of channels; C makes it depthwise.
+      normalization: "layer" normalizes the sums over the features, with scale and bias; "none" returns the
+        raw sums, always in float32, as a BatchNorm wants them.
+      dtype: computation and output dtype; None takes the common dtype of input and templates.
+      param_dtype: dtype of the parameters.
+      kernel_init: initializer of the templates.
+      epsilon: added to the variance in the LayerNorm.
+      grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign" or "full".
+      grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
+      implementation: operator implementation; None picks by platform.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int] = (1, 1)
+    padding: str | Sequence[tuple[int, int]] = "SAME"
+    dilation: Sequence[int] = (1, 1)
+    feature_group_count: int = 1
+    normalization: str = "layer"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
+    epsilon: float = 1e-6
+    grad_x: GradientRule = "hardtanh"
+    grad_kernel: GradientRule = "full"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Applies the layer to `inputs` of shape [N, H, W, C]; returns [N, H', W', features]."""
+        require_choice("normalization", self.normalization, NORMALIZATIONS)
+        channels = inputs.shape[-1] // self.feature_group_count
+        shape = (*self.kernel_size, channels, self.features)
+        kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
+        inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
+        sums = adder_conv(
+            inputs,
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.dilation,
+            feature_group_count=self.feature_group_count,
+            grad_x=self.grad_x,
+            grad_kernel=self.grad_kernel,
+            implementation=self.implementation,
+        )
         if self.normalization == "none":
             return sums
         return layer_norm(self.epsilon, inputs.dtype, self.param_dtype, name="norm")(sums)

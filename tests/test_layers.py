@@ -1,6 +1,7 @@
 """Layers against hand-computed cases and float64 references of their formulas."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from adderflax import AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
+from adderflax import AdderConv, AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
 
 SMALL = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=12, implementation="reference")
 MULTIPLY = dataclasses.replace(SMALL, linear="multiply", output_projection="multiply", similarity="dot")
@@ -52,6 +53,43 @@ def test_dense_by_hand():
     # -(|0 - 1| + |2 - 0.5|) and -(|0 + 1| + |2 - 2|)
     np.testing.assert_array_equal(layer.apply(params, jnp.array([[0.0, 2.0]])), [[-2.5, -1.0]])
     np.testing.assert_array_equal(layer.apply(params, jnp.array([0.0, 2.0])), [-2.5, -1.0])
+
+
+def test_convolution_by_hand():
+    layer = AdderConv(2, (1, 2), strides=(1, 2), padding=((0, 0), (1, 0)), normalization="none")
+    kernel = jnp.array([[[[1.0, -1.0]], [[0.5, 2.0]]]])
+    # Windows (padding, 0) and (2, 4); then -(|0 - 1| + |0 - 0.5|), -(|0 + 1| + |0 - 2|) and so on.
+    row = jnp.array([0.0, 2.0, 4.0]).reshape(1, 1, 3, 1)
+    out = layer.apply({"params": {"adder_kernel": kernel}}, row)
+    np.testing.assert_array_equal(out, [[[[-1.5, -3.0], [-4.5, -5.0]]]])
+
+
+def test_convolution_of_one_pixel_is_a_dense_layer():
+    pixels = tokens((2, 3, 3, 8))
+    dense, convolution = AdderDense(6, grad_kernel="sign"), AdderConv(6, (1, 1), grad_kernel="sign")
+    params = random_params(dense, pixels)["params"]
+    kernel = {"adder_kernel": params["adder_kernel"].reshape(1, 1, 8, 6)}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(layer, params):
+        return jax.value_and_grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, pixels))))(params)
+
+    value, gradient = step(dense, params)
+    like_value, like_gradient = step(convolution, params | kernel)
+    np.testing.assert_allclose(like_value, value, rtol=1e-5)
+    like = like_gradient["adder_kernel"].reshape(8, 6)
+    np.testing.assert_allclose(like, gradient["adder_kernel"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        like_gradient["norm"]["scale"], gradient["norm"]["scale"], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_convolution_in_groups_and_bfloat16():
+    layer = AdderConv(6, (3, 3), feature_group_count=2, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        out, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), tokens((2, 3, 3, 8)))
+    assert variables["params"]["adder_kernel"].shape == (3, 3, 4, 6)
+    assert (out.shape, out.dtype) == ((2, 3, 3, 6), jnp.bfloat16)
 
 
 def test_dense_normalizes_the_sums():

@@ -86,8 +86,11 @@ def _long_axes(axes: Counter) -> int:
 
 
 def _conv_terms(x: tuple, kernel: tuple, result: tuple) -> int | None:
-    """Kernel positions times input channels of a group: kernel [height, width, in, out]."""
-    return math.prod(kernel[:-1]) if len(kernel) >= 2 else None
+    """Kernel positions times input channels of a group: kernel [height, width, in, out].
+
+    A kernel with an axis from `vmap` is not recognized; the `adder_matmul` calls inside are.
+    """
+    return math.prod(kernel[:-1]) if len(kernel) == 4 else None
 
 
 _TERMS_OF_ONE = {"adder_matmul": _matmul_terms, "adder_conv": _conv_terms}

@@ -26,16 +26,16 @@ _VECTOR = 8  # float32 lanes of the vectors that XLA prefers on x86
 
 def forward(x: jax.Array, y: jax.Array) -> jax.Array:
     """-sum_k |x[..., m, k] - y[..., k, n]| in float32; x and y have equal batch dimensions."""
-    if not _blockable(x, y):
+    if not blockable(x, y):
         return _reference.forward(x, y)
-    return lax.platform_dependent(x, y, tpu=_reference.forward, default=_blocked_forward)
+    return lax.platform_dependent(x, y, tpu=_reference.forward, default=blocked_forward)
 
 
 def gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
     """sum_n rule(y[..., k, n] - x[..., m, k]) g[..., m, n] in float32."""
     direct = functools.partial(_reference.gradient_x, rule=rule)
-    blocked = functools.partial(_blocked_gradient_x, rule=rule)
-    if not _blockable(x, y):
+    blocked = functools.partial(blocked_gradient_x, weighting=functools.partial(_weighting, rule))
+    if not blockable(x, y):
         return direct(x, y, g)
     return lax.platform_dependent(x, y, g, tpu=direct, default=blocked)
 
@@ -48,25 +48,29 @@ def gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Arra
         return _transpose(flipped)
 
     blocked = functools.partial(_blocked_gradient_y, rule=rule)
-    if not (_blockable(x, y) and isinstance(x.shape[-2], int)):
+    if not (blockable(x, y) and isinstance(x.shape[-2], int)):
         return direct(x, y, g)
     return lax.platform_dependent(x, y, g, tpu=direct, default=blocked)
 
 
-def _blockable(x: jax.Array, y: jax.Array) -> bool:
+def blockable(x: jax.Array, y: jax.Array) -> bool:
     """Whether the axes that are cut into blocks have lengths known when tracing."""
     static = isinstance(x.shape[-1], int) and isinstance(y.shape[-1], int)
     return static and 0 not in (*x.shape, *y.shape)
 
 
-def _blocked_forward(x: jax.Array, y: jax.Array) -> jax.Array:
+def blocked_forward(x: jax.Array, y: jax.Array, distance=jnp.abs) -> jax.Array:
+    """-sum_k distance(x[..., m, k] - y[..., k, n]) in float32.
+
+    The distance is an even function, elementwise, and 0 at 0.
+    """
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     rows, columns = x.shape[-2], y.shape[-1]
     if isinstance(rows, int) and columns * _passes(rows) < rows * _passes(columns) / 2:
-        # Few columns: put the rows in lanes instead, since |x - y| is symmetric.
-        transposed = _columns_in_lanes(_transpose(y), _transpose(x))
+        # Few columns: put the rows in lanes instead, since the distance is even.
+        transposed = _columns_in_lanes(_transpose(y), _transpose(x), distance)
         return _transpose(transposed)
-    return _columns_in_lanes(x, y)
+    return _columns_in_lanes(x, y, distance)
 
 
 def _passes(columns: int) -> int:
@@ -74,24 +78,28 @@ def _passes(columns: int) -> int:
     return columns // _VECTOR + columns % _VECTOR + 1
 
 
-def _columns_in_lanes(x: jax.Array, y: jax.Array) -> jax.Array:
+def _columns_in_lanes(x: jax.Array, y: jax.Array, distance) -> jax.Array:
     x_chunks = _chunk(x, -1)
     y_chunks = _chunk(_split_columns(y), -2)
     blocked = y_chunks.ndim > x_chunks.ndim
 
     def term(step, offset):
         values = _take(x_chunks, step, offset, -1)
-        return -jnp.abs(_for_blocks(values, blocked) - _take(y_chunks, step, offset, -2))
+        return -distance(_for_blocks(values, blocked) - _take(y_chunks, step, offset, -2))
 
     shape = (*y_chunks.shape[:-3], x.shape[-2], y_chunks.shape[-1])
     total = _sum_terms(term, x_chunks.shape[-2:], shape, x, y)
     return _join_columns(total, y.shape[-1])
 
 
-def _blocked_gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
+def blocked_gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, weighting) -> jax.Array:
+    """sum_n rule(y[..., k, n] - x[..., m, k]) g[..., m, n] in float32.
+
+    The weighting maps g to (a function (difference, g) -> rule(difference) * g, and the g for it).
+    """
     x_blocks = _split_columns(x.astype(jnp.float32))
     y_chunks = _chunk(_split_columns(_transpose(y.astype(jnp.float32))), -2)
-    weighted, g = _weighting(rule, g.astype(jnp.float32))
+    weighted, g = weighting(g.astype(jnp.float32))
     g_chunks = _chunk(g, -1)
     blocked = x_blocks.ndim > x.ndim
 
@@ -144,7 +152,7 @@ def _sum_terms(term, chunks, shape, *varying: jax.Array) -> jax.Array:
             total = total + partial
         return total
 
-    return lax.fori_loop(0, steps, add_chunk, _zeros(shape, *varying))
+    return lax.fori_loop(0, steps, add_chunk, zeros(shape, *varying))
 
 
 def _chunk_sizes(length: int) -> tuple[int, int]:
@@ -181,11 +189,11 @@ def _take(chunks: jax.Array, step, offset: int, axis: int) -> jax.Array:
     return lax.squeeze(lax.dynamic_slice(chunks, start, sizes, allow_negative_indices=False), (axis - 1,))
 
 
-def _zeros(shape, *like: jax.Array) -> jax.Array:
+def zeros(shape, *like: jax.Array) -> jax.Array:
     """float32 zeros that vary over the same shard_map axes as the arrays they are added to."""
-    zeros = jnp.zeros(shape, jnp.float32)
+    array = jnp.zeros(shape, jnp.float32)
     axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in like))
-    return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
+    return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
 
 
 def _transpose(array: jax.Array) -> jax.Array:

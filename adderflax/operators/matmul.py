@@ -2,12 +2,14 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from adderflax.operators import _power
 from adderflax.operators._dispatch import (
     check_accepts,
     check_implementation,
@@ -34,6 +36,7 @@ def adder_matmul(
     x: jax.Array,
     y: jax.Array,
     *,
+    p: float | jax.Array = 1.0,
     grad_x: GradientRule = "hardtanh",
     grad_y: GradientRule = "full",
     implementation: str | None = None,
@@ -49,9 +52,23 @@ def adder_matmul(
 
     A "full" gradient is a plain matrix product, dy = x^T g - y * sum_m g, and likewise dx.
 
+    With p other than 1 the sum is of |x[m, k] - y[k, n]|^p: training may anneal p from 2, where the
+    layer is a matrix product in disguise, down to 1 (Chen et al., Universal Adder Neural Networks,
+    2021). The rule at p blends the surrogate with the derivative of |d|^p,
+
+        rule_p(d) = (2 - p) rule(d) + (p - 1) p |d|^(p - 1) sign(d)
+
+    so that p = 2 trains by the true gradient 2 d, the trained layer at p = 1 by today's rules, and
+    nothing jumps in between. "sign" stands for the true derivative, so at p it is that of |d|^p alone,
+    p |d|^(p - 1) sign(d), whose end is sign(d). The blend is this project's choice. p itself gets
+    no gradient.
+
     Args:
         x: [..., M, K], float32, bfloat16 or float16.
         y: [..., K, N], likewise; batch dimensions broadcast as in `jnp.matmul`.
+        p: exponent of the distance, from 1 to 2. The Python number 1 selects the kernels for the L1
+            distance. Any other number or a scalar array, which may be traced and is clipped to 1..2,
+            selects a slower XLA form, one compiled program for all p.
         grad_x: rule for x: "full", "hardtanh", ("hardtanh", slope) or "sign".
         grad_y: rule for y, likewise.
         implementation: a name in `available_implementations()`, used as given, or None to
@@ -63,7 +80,8 @@ def adder_matmul(
     Raises:
         TypeError: an operand is not an array or has another dtype.
         ValueError: rank below 2, mismatched K or batch dimensions, an unknown rule or
-            implementation, or an implementation that does not take these operands.
+            implementation, an implementation that does not take these operands, or a number p
+            outside of 1..2.
     """
     x, y = _check_operand(x, "x"), _check_operand(y, "y")
     if x.shape[-1] != y.shape[-2]:
@@ -76,7 +94,8 @@ def adder_matmul(
     plan = _Plan(rule_x, rule_y, check_implementation(implementation), logging_enabled())
     _check_batch(x, y)
     check_accepts(implementation, x, y)
-    return _adder_matmul(*_match_varying(x, y), plan)
+    x, y, *p = match_varying(x, y, *_power.canonical_power(p, implementation))
+    return _adder_matmul(x, y, tuple(p), plan)
 
 
 def check_float(array: jax.Array, argument: str, function: str) -> jax.Array:
@@ -115,7 +134,7 @@ def _check_batch(x: jax.Array, y: jax.Array) -> None:
         ) from error
 
 
-def _match_varying(*arrays: jax.Array) -> list[jax.Array]:
+def match_varying(*arrays: jax.Array) -> list[jax.Array]:
     """Makes all arrays vary over the same shard_map axes.
 
     Outside of the custom gradient, so that autodiff adds the psum over the axes on which an
@@ -129,39 +148,48 @@ def _match_varying(*arrays: jax.Array) -> list[jax.Array]:
     ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _adder_matmul(x: jax.Array, y: jax.Array, plan: _Plan) -> jax.Array:
-    return _forward_call(x, y, implementation=plan.implementation, log=plan.log)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _adder_matmul(x: jax.Array, y: jax.Array, p: tuple[jax.Array, ...], plan: _Plan) -> jax.Array:
+    return calls(p).forward(x, y, *p, implementation=plan.implementation, log=plan.log)
 
 
-def _adder_matmul_fwd(x, y, plan):
-    return _forward_call(x, y, implementation=plan.implementation, log=plan.log), (x, y)
+def _adder_matmul_fwd(x, y, p, plan):
+    out = calls(p).forward(x, y, *p, implementation=plan.implementation, log=plan.log)
+    return out, (x, y, p)
 
 
 def _adder_matmul_bwd(plan, residuals, g):
+    x, y, p = residuals
     static = {"implementation": plan.implementation, "log": plan.log}
-    dx = _gradient_x_call(*residuals, g, rule=plan.rule_x, **static)
-    dy = _gradient_y_call(*residuals, g, rule=plan.rule_y, **static)
-    return dx, dy
+    dx = calls(p).gradient_x(x, y, g, *p, rule=plan.rule_x, **static)
+    dy = calls(p).gradient_y(x, y, g, *p, rule=plan.rule_y, **static)
+    return dx, dy, None
 
 
 _adder_matmul.defvjp(_adder_matmul_fwd, _adder_matmul_bwd)
 
 
-def _forward(x, y, *, implementation, log):
+def _run(method, operands, p, static, implementation, log):
+    """Runs a method for the L1 distance, p = (), or for |x - y|^p, p = (p,)."""
+    if not p:
+        return dispatch(method, operands, static, implementation, log)
+    return getattr(_power, method)(*operands, *p, *static)
+
+
+def _forward(x, y, *p, implementation, log):
     """[..., M, N] in float32."""
     batch = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     shape = (*batch, x.shape[-2], y.shape[-1])
     x, y = _expand(x, y)
     if x.ndim == 2 and y.ndim > 2:
         # The same rows meet every entry of the batch: these are rows of the transposed problem.
-        flipped = dispatch("forward", (_fold_rows(_transpose(y)), _transpose(x)), (), implementation, log)
+        flipped = _run("forward", (_fold_rows(_transpose(y)), _transpose(x)), p, (), implementation, log)
         return _transpose(flipped.reshape(*batch, shape[-1], shape[-2]))
     x = _fold_rows(x) if y.ndim == 2 else _fold_batch(x)
-    return dispatch("forward", (x, _fold_batch(y)), (), implementation, log).reshape(shape)
+    return _run("forward", (x, _fold_batch(y)), p, (), implementation, log).reshape(shape)
 
 
-def _gradient_x(x, y, g, *, rule, implementation, log):
+def _gradient_x(x, y, g, *p, rule, implementation, log):
     """sum_n rule(y - x) g in the shape and dtype of x."""
     shape, dtype = x.shape, x.dtype
     x, y = _expand(x, y)
@@ -170,30 +198,30 @@ def _gradient_x(x, y, g, *, rule, implementation, log):
         x, g = _fold_rows(x), _fold_rows(g)
     elif x.ndim == 2:
         y, g = _fold_columns(y), _fold_columns(g)
-    if rule.kind == "full":
+    if rule.kind == "full" and not p:
         dx = _full_gradient(x, _transpose(y), g)
     else:
         operands = tuple(_fold_batch(array) for array in (x, y, g))
-        dx = dispatch("gradient_x", operands, (rule,), implementation, log)
+        dx = _run("gradient_x", operands, p, (rule,), implementation, log)
     return _unbroadcast(dx.reshape(expanded), shape).astype(dtype)
 
 
-def _gradient_y(x, y, g, *, rule, implementation, log):
+def _gradient_y(x, y, g, *p, rule, implementation, log):
     """sum_m rule(x - y) g in the shape and dtype of y."""
     shape, dtype = y.shape, y.dtype
     x, y = _expand(x, y)
     expanded = y.shape
     if x.ndim == 2 and y.ndim > 2:
         flipped = (_transpose(array) for array in (y, x, g))
-        dy = _gradient_x(*flipped, rule=rule, implementation=implementation, log=log)
+        dy = _gradient_x(*flipped, *p, rule=rule, implementation=implementation, log=log)
         return _transpose(dy).reshape(shape)
     if y.ndim == 2:
         x, g = _fold_rows(x), _fold_rows(g)
-    if rule.kind == "full":
+    if rule.kind == "full" and not p:
         dy = _transpose(_full_gradient(_transpose(y), x, _transpose(g)))
     else:
         operands = tuple(_fold_batch(array) for array in (x, y, g))
-        dy = dispatch("gradient_y", operands, (rule,), implementation, log)
+        dy = _run("gradient_y", operands, p, (rule,), implementation, log)
     return _unbroadcast(dy.reshape(expanded), shape).astype(dtype)
 
 
@@ -252,15 +280,36 @@ def _fold_batch(array):
     return array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
 
 
-def _named_call(function, name, static, result_spec):
+class Calls(NamedTuple):
+    """The jitted forms of one operator, (x, y, *p) -> result and (x, y, g, *p) -> gradient."""
+
+    forward: Callable[..., jax.Array]
+    gradient_x: Callable[..., jax.Array]
+    gradient_y: Callable[..., jax.Array]
+
+
+def named_call(function: Callable, name: str, static: tuple[str, ...], result_spec: Callable) -> Callable:
+    """Jits a function under a name, also for meshes with Explicit axes (see `with_automatic_axes`)."""
     wrapped = with_automatic_axes(function, result_spec)
     wrapped.__name__ = wrapped.__qualname__ = name
     return jax.jit(wrapped, static_argnames=static)
 
 
+def _named_calls(name: str) -> Calls:
+    static = ("implementation", "log")
+    return Calls(
+        named_call(_forward, name, static, lambda x, y, *p: forward_spec(x, y)),
+        named_call(_gradient_x, f"{name}_gradient_x", ("rule", *static), lambda x, y, g, *p: x),
+        named_call(_gradient_y, f"{name}_gradient_y", ("rule", *static), lambda x, y, g, *p: y),
+    )
+
+
 # A walker of jaxprs recognises the operator by the names of these calls, whichever
 # implementation runs; operands and results are the public ones.
-_STATIC = ("implementation", "log")
-_forward_call = _named_call(_forward, "adder_matmul", _STATIC, forward_spec)
-_gradient_x_call = _named_call(_gradient_x, "adder_matmul_gradient_x", ("rule", *_STATIC), lambda x, y, g: x)
-_gradient_y_call = _named_call(_gradient_y, "adder_matmul_gradient_y", ("rule", *_STATIC), lambda x, y, g: y)
+_L1_CALLS = _named_calls("adder_matmul")
+_POWER_CALLS = _named_calls("adder_matmul_power")
+
+
+def calls(p: tuple[jax.Array, ...]) -> Calls:
+    """The calls for the L1 distance, p = (), or for |x - y|^p, p = (p,)."""
+    return _POWER_CALLS if p else _L1_CALLS
