@@ -11,11 +11,37 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from adderflax.operators import _gpu, _reference, _xla
+from adderflax.operators import _gpu, _reference, _tpu, _xla
 from adderflax.operators.rules import Rule
 
 LOG_VARIABLE = "ADDERFLAX_LOG_IMPLEMENTATION"
 _logger = logging.getLogger("adderflax.operators")
+
+
+class FusedAttention(NamedTuple):
+    """L1 attention that keeps no map of queries x keys in device memory, forward and backward.
+
+    Operands: query [B, H, T, D], key [B, H, S, D] and value [B, H, S, E], float32, bfloat16 or
+    float16 each; mask (bool, True where a query attends) and bias (floating), each None or of rank 4
+    and broadcastable to [B, H, T, S]; scale, a Python number. logits = scale * scores + bias, and
+    where the mask hides `_attention_xla.MASKED`, so that a row without visible keys is uniform. The
+    identity is no part of it: `adder_attention` adds the values itself.
+
+    Attributes:
+        forward: (query, key, value, mask, bias, scale) -> float32 (product [B, H, T, E], maximum
+            [B, H, T, 1], sums [B, H, T, 1]): softmax(logits) @ value not rounded to value's dtype,
+            and of each row of logits the maximum and the sum of exp(logits - maximum).
+        backward: (query, key, value, mask, bias, scale, maximum, sums, delta, g, rule_query,
+            rule_key) -> (dquery, dkey, dvalue, dbias, None), of the operands' shapes in any float
+            dtype; dbias is None without bias. g [B, H, T, E] is the product's cotangent, float32
+            with values of value's dtype, and delta [B, H, T, 1] the sum of g * product in each row.
+        refuses: (query, key, value, mask, bias, rule_query, rule_key) -> the reason why it does not
+            take these, or None. XLA's operations around `Implementation.forward` then do.
+    """
+
+    forward: Callable[..., tuple]
+    backward: Callable[..., tuple]
+    refuses: Callable[..., str | None]
 
 
 class Implementation(NamedTuple):
@@ -31,6 +57,7 @@ class Implementation(NamedTuple):
             the transposed problem.
         platforms: lowering platforms it can be compiled for; None means all.
         refuses: (x, y) -> the reason why it does not take these operands, or None.
+        attention: the whole of attention, where the implementation has it.
     """
 
     forward: Callable[[jax.Array, jax.Array], jax.Array]
@@ -38,16 +65,20 @@ class Implementation(NamedTuple):
     gradient_y: Callable[[jax.Array, jax.Array, jax.Array, Rule], jax.Array] | None = None
     platforms: tuple[str, ...] | None = None
     refuses: Callable[[jax.Array, jax.Array], str | None] = lambda x, y: None
+    attention: FusedAttention | None = None
 
 
 IMPLEMENTATIONS = {
     "reference": Implementation(_reference.forward, _reference.gradient_x),
     "xla": Implementation(_xla.forward, _xla.gradient_x, _xla.gradient_y),
     "gpu": Implementation(_gpu.forward, _gpu.gradient_x, _gpu.gradient_y, _gpu.PLATFORMS, _gpu.refuses),
+    "tpu": Implementation(_tpu.forward, _tpu.gradient_x, _tpu.gradient_y, _tpu.PLATFORMS, _tpu.refuses),
 }
-# What implementation=None tries for each lowering platform before the fallback. A kernel enters here
-# when it has run on its device: "gpu" is compiled and emulated so far, and is used where it is named.
-_PREFERRED: dict[str, str] = {}
+# What implementation=None tries for each lowering platform before the fallback. "tpu" has never run
+# on a TPU: interpret mode checked its numbers, the TPU's compiler its programs and their schedules.
+# "gpu", compiled and emulated so far, enters when it has run on its device, and is used where it is
+# named.
+_PREFERRED = {"tpu": "tpu"}
 _FALLBACK = "xla"
 
 
@@ -121,6 +152,43 @@ def dispatch(method: str, operands, static, implementation: str | None, log: boo
     if not special:
         return runner(_FALLBACK)(*operands)
     return lax.platform_dependent(*operands, **special, default=runner(_FALLBACK))
+
+
+def dispatch_attention(method: str, operands, plan, composed: Callable):
+    """Runs a fused attention where the implementation has one that takes the operands.
+
+    Args:
+        method: "forward" or "backward".
+        operands: what the method of `FusedAttention` takes, but for the rules.
+        plan: rule_query, rule_key, implementation and log of the call.
+        composed: (*operands) -> the same results, for everywhere else.
+    """
+    arrays, scale, rest = operands[:5], operands[5], operands[6:]
+    rules = (plan.rule_query, plan.rule_key)
+
+    def runner(name):
+        fused = IMPLEMENTATIONS[name].attention
+        if fused is None or fused.refuses(*arrays, *rules) is not None:
+            return None
+        message = f"adder_attention {method} of {arrays[0].shape} runs {name!r}, fused"
+
+        def run(*operands):
+            if plan.log:
+                jax.debug.callback(lambda: _logger.warning(message))
+            static = rules if method == "backward" else ()
+            return getattr(fused, method)(*operands[:5], scale, *operands[5:], *static)
+
+        return run
+
+    def fallback(*operands):
+        return composed(*operands[:5], scale, *operands[5:])
+
+    if plan.implementation is not None:
+        return (runner(plan.implementation) or fallback)(*arrays, *rest)
+    special = {platform: runner(name) for platform, name in _PREFERRED.items() if runner(name)}
+    if not special:
+        return fallback(*arrays, *rest)
+    return lax.platform_dependent(*arrays, *rest, **special, default=fallback)
 
 
 def _method(implementation: Implementation, method: str) -> Callable:

@@ -1,17 +1,24 @@
 """adder_attention: attention whose similarity is a negative L1 distance."""
 
+import functools
 import math
+import numbers
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.sharding import PartitionSpec
 
-from adderflax.operators._dispatch import check_implementation
-from adderflax.operators.matmul import adder_matmul, check_float
-from adderflax.operators.rules import GradientRule, canonical_rule
-
-# As in jax.nn.dot_product_attention: finite, so that a fully masked row is uniform, not NaN.
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+from adderflax.operators import _attention_xla
+from adderflax.operators._dispatch import (
+    check_implementation,
+    dispatch_attention,
+    forward_spec,
+    logging_enabled,
+    with_automatic_axes,
+)
+from adderflax.operators.matmul import adder_matmul, check_float, match_varying
+from adderflax.operators.rules import GradientRule, Rule, canonical_rule
 
 
 def adder_attention(
@@ -36,6 +43,10 @@ def adder_attention(
     where similarity[t, s] = -sum_d |query[t, d] - key[s, d]| ("l1") or the dot product ("dot").
     The identity is added after the softmax without renormalising, also where the mask hides the
     diagonal. A row whose keys are all masked is uniform, as in `jax.nn.dot_product_attention`.
+
+    For the gradient of the defaults, "l1" and "dot" without weights, a network keeps operands,
+    results and two numbers a row, no weights: the backward pass computes them again, for long
+    sequences one block of queries at a time.
 
     Args:
         query: [B, T, H, D] or [T, H, D]; float32, bfloat16 or float16.
@@ -64,8 +75,7 @@ def adder_attention(
         TypeError: an operand, mask or bias has a dtype that is not allowed.
         ValueError: shapes that do not fit, a scale that is no scalar, or an unknown name.
     """
-    canonical_rule(grad_query, "grad_query")
-    canonical_rule(grad_key, "grad_key")
+    rules = canonical_rule(grad_query, "grad_query"), canonical_rule(grad_key, "grad_key")
     check_implementation(implementation)
     _check_name("similarity", similarity)
     _check_name("aggregation", aggregation)
@@ -83,73 +93,121 @@ def adder_attention(
     mask = _broadcastable(mask, "mask", logits_shape, single)
     bias = _broadcastable(bias, "bias", logits_shape, single)
 
-    logits = _similarity(query, key, similarity, grad_query, grad_key, implementation)
+    query, key, value = (jnp.transpose(array, (0, 2, 1, 3)) for array in (query, key, value))
     if scale is None:
         scale = _default_scale(similarity, query.shape[-1])
-    logits = logits * jnp.asarray(scale, jnp.float32)
-    if bias is not None:
-        logits = logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
-    if mask is not None:
-        logits = jnp.where(jnp.broadcast_to(mask, logits.shape), logits, _MASKED)
-
-    maximum = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    unnormalized = jnp.exp(logits - maximum)
-    sums = jnp.sum(unnormalized, axis=-1, keepdims=True)
+    number = float(scale) if isinstance(scale, numbers.Real) else None
+    plan = _Plan(*rules, number, implementation, logging_enabled())
+    scale = jnp.asarray(scale, jnp.float32) if plan.scale is None else None
     weights = None
-    if return_weights or aggregation == "l1":
-        weights = unnormalized / sums
-        if identity:
-            weights = weights + jnp.eye(weights.shape[-1], dtype=jnp.float32)[None, None]
-    if aggregation == "l1":
-        output = _aggregate_l1(weights, value, implementation)
+    if similarity == "l1" and aggregation == "dot" and not return_weights:
+        operands, tree = jax.tree.flatten((query, key, value, mask, bias, scale))
+        product = _attend(*jax.tree.unflatten(tree, match_varying(*operands)), plan)
     else:
-        output = _aggregate(unnormalized, sums, value, identity)
+        product, weights = _attend_with_weights(
+            query, key, value, mask, bias, scale, plan, similarity, aggregation, identity
+        )
+    if aggregation == "dot":
+        # Rather than (softmax + I) @ V: the value passes without rounding.
+        product = product + value.astype(jnp.float32) if identity else product
+        product = product.astype(value.dtype)
+    output = jnp.transpose(product, (0, 2, 1, 3))
     if single:
         output, weights = output[0], None if weights is None else weights[0]
     return (output, weights) if return_weights else output
 
 
-def _similarity(query, key, similarity, grad_query, grad_key, implementation):
-    """float32 [B, H, T, S]."""
-    if similarity == "dot":
+class _Plan(NamedTuple):
+    """The static part of a call.
+
+    Attributes:
+        rule_query, rule_key: of the gradients.
+        scale: None where it is an array, traced perhaps, and so an operand.
+        implementation: as users name it.
+        log: whether the program says which implementation it runs.
+    """
+
+    rule_query: Rule
+    rule_key: Rule
+    scale: float | None
+    implementation: str | None
+    log: bool
+
+    def score(self, query, key_transposed):
+        """float32 [B, H, T, S] from [B, H, T, D] and [B, H, D, S]."""
+        rules = {"grad_x": self.rule_query, "grad_y": self.rule_key}
+        return adder_matmul(query, key_transposed, **rules, implementation=self.implementation)
+
+
+# Its backward pass computes the weights again instead of keeping them: see _attention_xla.py for
+# the form made of XLA's operations, and FusedAttention in _dispatch.py for what a kernel provides.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(query, key, value, mask, bias, scale, plan):
+    """softmax(scale * scores + bias) @ value, float32 [B, H, T, E], from [B, H, ...] operands."""
+    return _run("forward", query, key, value, mask, bias, scale, plan=plan)[0]
+
+
+def _attend_fwd(query, key, value, mask, bias, scale, plan):
+    operands = query, key, value, mask, bias, scale
+    product, maximum, sums = _run("forward", *operands, plan=plan)
+    return product, (*operands, product, maximum, sums)
+
+
+def _attend_bwd(plan, residuals, g):
+    *operands, product, maximum, sums = residuals
+    delta = jnp.sum(g * product, axis=-1, keepdims=True)
+    dquery, dkey, dvalue, dbias, dscale = _run("backward", *operands, maximum, sums, delta, g, plan=plan)
+    gradients = dquery, dkey, dvalue, None, dbias, dscale
+    return tuple(
+        None if gradient is None else gradient.astype(operand.dtype)
+        for gradient, operand in zip(gradients, operands)
+    )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _run(method, *operands, plan):
+    """Forward or backward pass, under automatic sharding where the mesh has Explicit axes."""
+    arrays, tree = jax.tree.flatten(operands)
+
+    def run(*arrays):
+        query, key, value, mask, bias, scale, *rest = jax.tree.unflatten(tree, arrays)
+        composed = functools.partial(getattr(_attention_xla, method), score=plan.score)
+        if plan.scale is None:
+            return composed(query, key, value, mask, bias, scale, *rest)
+        operands = query, key, value, mask, bias, plan.scale, *rest
+        return dispatch_attention(method, operands, plan, composed)
+
+    def specs(*specs):
+        query, key, value, _, bias, scale, *_ = jax.tree.unflatten(tree, specs)
+        if method == "backward":
+            return query, key, value, bias, scale
+        product = forward_spec(query, value)
+        row = PartitionSpec(*product[:3], None)
+        return product, row, row
+
+    return with_automatic_axes(run, specs)(*arrays)
+
+
+def _attend_with_weights(query, key, value, mask, bias, scale, plan, similarity, aggregation, identity):
+    """(aggregate [B, H, T, E], weights [B, H, T, S]), by autodiff, which keeps the weights."""
+    if similarity == "l1":
+        scores = plan.score(query, jnp.swapaxes(key, -1, -2))
+    else:
         query, key = _common_dtype(query, key)
-        return jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
-    return adder_matmul(
-        jnp.transpose(query, (0, 2, 1, 3)),
-        jnp.transpose(key, (0, 2, 3, 1)),
-        grad_x=grad_query,
-        grad_y=grad_key,
-        implementation=implementation,
-    )
-
-
-def _aggregate(unnormalized, sums, value, identity):
-    """softmax @ V, or softmax @ V + V: [B, T, H, D] in value's dtype."""
-    # Dividing the T x D output by the sums instead of the T x S map saves a pass over the map,
-    # and as a batched matmul over [B, H, ...] operands the product is several times faster on a
-    # CPU than as an einsum that transposes its result.
-    product = jnp.matmul(
-        unnormalized.astype(value.dtype),
-        jnp.transpose(value, (0, 2, 1, 3)),
-        preferred_element_type=jnp.float32,
-    )
-    output = jnp.transpose(product / sums, (0, 2, 1, 3))
+        scores = jnp.matmul(query, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
+    scale = plan.scale if scale is None else scale
+    unnormalized, _, sums = _attention_xla.softmax(scores, mask, bias, scale)
+    weights = unnormalized / sums
     if identity:
-        # Rather than (softmax + I) @ V: the value passes without rounding.
-        output = output + value.astype(jnp.float32)
-    return output.astype(value.dtype)
-
-
-def _aggregate_l1(weights, value, implementation):
-    """-sum_s |weights[t, s] - value[s, d]|: [B, T, H, D] in float32."""
-    output = adder_matmul(
-        weights,
-        jnp.transpose(value, (0, 2, 1, 3)),
-        grad_x="hardtanh",
-        grad_y="hardtanh",
-        implementation=implementation,
+        weights = weights + jnp.eye(weights.shape[-1], dtype=jnp.float32)[None, None]
+    if aggregation == "dot":
+        return _attention_xla.weighted_sum(unnormalized, value) / sums, weights
+    aggregate = adder_matmul(
+        weights, value, grad_x="hardtanh", grad_y="hardtanh", implementation=plan.implementation
     )
-    return jnp.transpose(output, (0, 2, 1, 3))
+    return aggregate, weights
 
 
 def _default_scale(similarity: str, depth: int) -> float:

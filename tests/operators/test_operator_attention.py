@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -127,28 +128,6 @@ def test_dot_without_identity_is_jax_attention():
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("grad_query, grad_key", [("hardtanh", "hardtanh"), ("sign", ("hardtanh", 4.0))])
-def test_gradients_of_similarity_follow_the_rules(grad_query, grad_key):
-    """The softmax part by autodiff of the dense form, the scores part by the rules in NumPy."""
-    query, key, value = (normal(i, 2, 6, 3, 8) for i in range(3))
-    g = normal(3, 2, 6, 3, 8)
-    q, k = np.moveaxis(query, -2, -3), np.swapaxes(np.moveaxis(key, -2, -3), -1, -2)
-    scores, _ = reference.forward(q, k)
-    scale = 1 / math.sqrt(16 * (1 - 2 / math.pi))
-
-    def rest(scores, value):
-        weights = jax.nn.softmax(scores * scale) + jnp.eye(6)[None, None]
-        return jnp.einsum("bhts,bshd->bthd", weights, value)
-
-    d_scores, d_value = jax.vjp(rest, jnp.asarray(scores, jnp.float32), value)[1](g)
-    (dq, _), (dk, _) = reference.gradients(q, k, np.asarray(d_scores), grad_query, grad_key)
-    run = functools.partial(adder_attention, grad_query=grad_query, grad_key=grad_key)
-    actual = jax.jit(lambda *a: jax.vjp(run, *a[:-1])[1](a[-1]))(query, key, value, g)
-    expected = (np.moveaxis(dq, -3, -2), np.moveaxis(np.swapaxes(dk, -1, -2), -3, -2), d_value)
-    for a, e in zip(actual, expected):
-        np.testing.assert_allclose(a, e, atol=2e-5 * np.abs(e).max(), rtol=0)
-
-
 def test_l1_aggregation_uses_hardtanh_on_both_sides():
     weights, value = normal(0, 2, 3, 6, 6), normal(1, 2, 3, 6, 8)
     g = normal(2, 2, 3, 6, 8)
@@ -180,12 +159,8 @@ def test_dtypes(aggregation):
 def test_weights_come_only_where_asked_for():
     # What is not asked for is not in the program, so that a ledger of operations is right.
     operands = [normal(i, 1, 4, 2, 8) for i in range(3)]
-    divided = [
-        equation.outvars[0].aval.shape
-        for equation in jax.make_jaxpr(adder_attention)(*operands).eqns
-        if equation.primitive.name == "div"
-    ]
-    assert divided == [(1, 2, 4, 8)]
+    program = str(jax.make_jaxpr(adder_attention)(*operands))
+    assert re.findall(r"f32\[([0-9,]+)\] = div ", program) == ["1,2,4,8"]
 
 
 def test_value_passes_the_identity_without_rounding():
