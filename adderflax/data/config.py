@@ -34,6 +34,12 @@ class DataConfig:
         configuration and version if wanted ("cifar10", "imagenette/160px-v2", "mnist:3.0.1").
       data_dir: where tensorflow-datasets keeps prepared sets; None means its own default,
         `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. Not used by "digits".
+      backend: "array_record" reads single images in any order, without TensorFlow. "tfrecord"
+        reads TFRecord files front to back with TensorFlow; `data_dir` may then be a bucket
+        (gs://...). A set that is not held in memory then has a weaker shuffle, a slower resume
+        (the epoch is read again up to where it was), batches that also depend on the number of
+        processes, and the first images of the training split as its validation part. `workers`
+        is not used.
       image_size: side in pixels of the square images that the model sees. None means the
         set's own size, and 224 for sets whose images have no one square size.
       validation_fraction: the part of the training split held out for model selection, cut
@@ -52,6 +58,7 @@ class DataConfig:
 
     name: str = "digits"
     data_dir: str | None = None
+    backend: str = "array_record"
     image_size: int | None = None
     validation_fraction: float = 0.1
     eval_resize: int | None = None
@@ -63,6 +70,10 @@ class DataConfig:
         _require(
             isinstance(self.name, str) and bool(self.name.strip()),
             f"data.name must name an image set, such as 'digits' or 'cifar10', not {self.name!r}.",
+        )
+        _require(
+            self.backend in ("array_record", "tfrecord"),
+            f"data.backend must be 'array_record' or 'tfrecord', not {self.backend!r}.",
         )
         _require(
             self.image_size is None or _is_whole(self.image_size, 1),

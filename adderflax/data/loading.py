@@ -67,16 +67,18 @@ def _part(config: DataConfig, raw: RawDataset) -> Dataset:
             f"its centre. Choose at least {size}, or None for the default."
         )
     view = EvaluationView(size, resize, raw.channels)
-    train_positions, validation_positions = _split_off(config, raw.train_positions)
+    in_memory = _held_in_memory(config, raw, size)
+    sequential = raw.sequential and not in_memory
+    train_positions, validation_positions = _split_off(config, raw.train_positions, sequential)
     decoded_train = decoded_test = None
-    if _held_in_memory(config, raw, size):
+    if in_memory:
         untouched = raw.native_size == size and resize in (None, size)
         decoded_train = DecodedSplit(raw.train, view, untouched)
         shared = raw.test is raw.train
         decoded_test = decoded_train if shared else DecodedSplit(raw.test, view, untouched)
     validation = None
     if len(validation_positions):
-        validation = ImageSource(raw.train, validation_positions, view, decoded_train)
+        validation = ImageSource(raw.train, validation_positions, view, decoded_train, sequential)
     info = DatasetInfo(
         name=config.name,
         num_classes=len(raw.class_names),
@@ -92,16 +94,19 @@ def _part(config: DataConfig, raw: RawDataset) -> Dataset:
     )
     return Dataset(
         info=info,
-        train=ImageSource(raw.train, train_positions, view, decoded_train),
+        train=ImageSource(raw.train, train_positions, view, decoded_train, sequential),
         validation=validation,
-        test=ImageSource(raw.test, raw.test_positions, view, decoded_test),
+        test=ImageSource(raw.test, raw.test_positions, view, decoded_test, sequential),
     )
 
 
-def _split_off(config: DataConfig, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _split_off(config: DataConfig, positions: np.ndarray, sequential: bool) -> tuple[np.ndarray, np.ndarray]:
     """Cuts the training split into training and validation positions."""
     # RandomState, not Generator: NumPy keeps its streams the same for all versions to come.
     order = np.random.RandomState(_VALIDATION_SEED).permutation(len(positions))
+    if sequential:
+        # Neighbors stay together; tensorflow-datasets has stored them in a random order.
+        order = np.arange(len(positions))
     held_out = 0
     if config.validation_fraction > 0.0:
         held_out = max(1, round(config.validation_fraction * len(positions)))

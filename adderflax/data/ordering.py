@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from typing import Any
 
 import grain
+from absl import flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +98,25 @@ class WorkerIterator(grain.DatasetIterator):
 
     def _start(self) -> None:
         if self._running is None:
+            if not flags.FLAGS.is_parsed():
+                # Grain's workers read absl flags, also in programs that have none of their own.
+                flags.FLAGS.mark_as_parsed()
             alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             rest = self._batches[self._taken :].to_iter_dataset(alone)
-            self._running = iter(rest.mp_prefetch(self._options))
+            self._running = iter(rest.mp_prefetch(self._options, _end_with_parent))
 
     def _stop(self) -> None:
         if self._running is not None:
             self._running.close()
             self._running = None
+
+
+def _end_with_parent(*_: int) -> None:
+    """Lets a worker end when its parent does: one that is killed cannot tell its workers to."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -47,7 +47,12 @@ class _LoadForTraining:
     info: DatasetInfo
 
     def __call__(self, index: int, random: np.random.Generator) -> dict[str, Any]:
-        stored, label = self.source.stored(index)
+        return self.example(index, *self.source.stored(index), random)
+
+    def example(
+        self, index: int, stored: bytes | np.ndarray, label: int, random: np.random.Generator
+    ) -> dict[str, Any]:
+        """Decodes and augments an image that was read already."""
         with naming_damage(f"Image {index} of the training part of {self.info.name}"):
             pixels = self._pixels(stored, random)
         return {"image": pixels, "label": np.int32(label), "index": np.int32(index)}
@@ -74,8 +79,18 @@ class _LoadForEvaluation:
     info: DatasetInfo
 
     def __call__(self, index: int) -> dict[str, Any]:
-        if index < len(self.source):
-            example = self.source[index]
+        return self._example(self.source[index] if index < len(self.source) else None)
+
+    def stored(self, item: Any | None) -> dict[str, Any]:
+        """The same for an image that was read already (`streams.Item`), or None behind the end."""
+        if item is None:
+            return self._example(None)
+        with naming_damage(f"Image {item.position} of the split"):
+            image = self.source.view(images_lib.open_image(item.stored))
+        return self._example({"image": image, "label": item.label})
+
+    def _example(self, example: dict[str, Any] | None) -> dict[str, Any]:
+        if example is not None:
             image, label, weight = example["image"], example["label"], 1.0
         else:
             shape = (self.info.image_size, self.info.image_size, self.info.channels)
@@ -142,6 +157,8 @@ def train_iterator(
     if not 0 <= seed < 2**32:
         raise ValueError(f"The seed must be a whole number from 0 to 2**32 - 1, not {seed}.")
     share = (batch_size, process_index, process_count)
+    if dataset.train.sequential:
+        return _stream_for_training(dataset, augment, batch_size // process_count, seed, *share[1:])
     order = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat(None)
     if dataset.train.in_memory and not augment.per_image_on_host:
         return _in_background(_share_of(order, *share).map(_Gather(dataset.train)))
@@ -185,6 +202,8 @@ def evaluation_batches(
     _check_batch(batch_size, process_index, process_count)
     source = dataset.part(part)
     share = (batch_size, process_index, process_count)
+    if source.sequential:
+        return _stream_for_evaluation(source, dataset.info, *share)
     padded = -(-len(source) // batch_size) * batch_size
     order = grain.MapDataset.range(padded)
     if source.in_memory:
@@ -193,6 +212,45 @@ def evaluation_batches(
         batches = _share_of(order.map(_LoadForEvaluation(source, dataset.info)), *share)
         batches = _decoding(batches, data, dataset.info, batch_size // process_count)
     return _until_the_end(batches)
+
+
+def _stream_for_training(
+    dataset: Dataset,
+    augment: AugmentConfig,
+    images: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> grain.DatasetIterator:
+    """Gives this process an even part of the positions, read front to back in shuffled order."""
+    from adderflax.data import streams
+
+    split, first, end = dataset.train.span()
+    start, stop = (
+        first + (end - first) * number // process_count for number in (process_index, process_index + 1)
+    )
+    load = _LoadForTraining(dataset.train, augment, dataset.info)
+
+    def example(item: streams.Item) -> dict[str, Any]:
+        random = np.random.default_rng((seed, item.epoch, item.position))
+        return load.example(item.position - first, item.stored, item.label, random)
+
+    return streams.endless_batches(streams.Endless(split, start, stop, seed), images, example)
+
+
+def _stream_for_evaluation(
+    source: ImageSource, info: DatasetInfo, batch_size: int, process_index: int, process_count: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Gives this process its even part of the positions; all get the same number of batches."""
+    from adderflax.data import streams
+
+    split, first, end = source.span()
+    images = batch_size // process_count
+    count = -(-len(source) // batch_size)
+    start = min(first + process_index * count * images, end)
+    load = _LoadForEvaluation(source, info)
+    items = split.read(start, min(start + count * images, end))
+    return streams.padded_batches(items, images, count, load.stored)
 
 
 def _until_the_end(batches: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]:

@@ -62,6 +62,7 @@ class RawDataset:
       test: the labelled evaluation split.
       train_positions: which images of `train` may be trained or validated on.
       test_positions: which images of `test` are the test part.
+      sequential: whether splits can only be read front to back with reasonable speed.
     """
 
     class_names: tuple[str, ...]
@@ -73,6 +74,7 @@ class RawDataset:
     test: Split
     train_positions: np.ndarray
     test_positions: np.ndarray
+    sequential: bool = False
 
 
 class ArraySplit:
@@ -163,6 +165,7 @@ class ImageSource:
         positions: np.ndarray,
         view: EvaluationView,
         decoded: DecodedSplit | None = None,
+        sequential: bool = False,
     ):
         """Makes a part of a split.
 
@@ -172,11 +175,13 @@ class ImageSource:
           view: how evaluation looks at an image.
           decoded: the split in memory, shared by the parts of one split; None to read and
             decode each image when it is asked for.
+          sequential: whether the split is read front to back, and `positions` are neighbors.
         """
         self._split = split
         self._positions = positions
         self._decoded = decoded
         self.view = view
+        self.sequential = sequential
 
     @property
     def in_memory(self) -> bool:
@@ -193,6 +198,10 @@ class ImageSource:
         stored, label = self.stored(index)
         with naming_damage(f"Image {self._positions[index]} of the split"):
             return {"image": self.view(open_image(stored)), "label": label}
+
+    def span(self) -> tuple[Split, int, int]:
+        """Returns the split of a sequential part, its first position, and the one behind its last."""
+        return self._split, int(self._positions[0]), int(self._positions[-1]) + 1
 
     def stored(self, index: int) -> tuple[bytes | np.ndarray, int]:
         """Returns one image before any resizing, encoded or as pixels, and its label."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -88,10 +89,13 @@ def open_tfds(config: DataConfig) -> RawDataset:
         _check_directory(config)
     builder = _builder(config)
     image_key, label_key = _keys(config, builder)
-    if not is_prepared(builder):
-        prepare_in_child(config.name, config.data_dir)
-        builder = _builder(config)
-    _check_files(config, builder)
+    if config.backend == "tfrecord":
+        _check_tfrecord(config, builder)
+    else:
+        if not is_prepared(builder):
+            prepare_in_child(config.name, config.data_dir)
+            builder = _builder(config)
+        _check_files(config, builder)
 
     image, label = builder.info.features[image_key], builder.info.features[label_key]
     channels = image.shape[-1] or 3
@@ -103,6 +107,8 @@ def open_tfds(config: DataConfig) -> RawDataset:
     if test is train:
         # RandomState, not Generator: NumPy keeps its streams the same for all versions.
         order = np.random.RandomState(_TEST_SEED).permutation(len(train))
+        if config.backend == "tfrecord":
+            order = np.arange(len(train))  # neighbors stay together, as in the validation part
         held_out = round(_TEST_FRACTION * len(train))
         test_positions, train_positions = np.sort(order[:held_out]), np.sort(order[held_out:])
     height, width, _ = image.shape
@@ -116,15 +122,18 @@ def open_tfds(config: DataConfig) -> RawDataset:
         test=test,
         train_positions=train_positions,
         test_positions=test_positions,
+        sequential=config.backend == "tfrecord",
     )
 
 
 def _check_directory(config: DataConfig) -> None:
+    if "://" in config.data_dir and config.backend == "tfrecord":
+        return
     if "://" in config.data_dir:
         raise ValueError(
             f"data.data_dir={config.data_dir!r} is a bucket, and single images cannot be read "
             f"from one: copy the prepared set to a disk, or mount the bucket (gcsfuse), and give "
-            f"that path."
+            f"that path; TFRecord files are read from a bucket by --config.data.backend=tfrecord."
         )
     if not os.path.isdir(config.data_dir):
         raise ValueError(
@@ -213,7 +222,8 @@ def _check_files(config: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
             f"it is prepared there as {' and '.join(sorted(formats)) or 'no known format'}, which "
             f"cannot be read image by image; array_record can",
             f"Prepare it in another directory, `python -m adderflax.data.prepare {config.name} "
-            f"--data_dir=OTHER`, and train with --config.data.data_dir=OTHER.",
+            f"--data_dir=OTHER`, and train with --config.data.data_dir=OTHER; or read TFRecord files "
+            f"front to back with --config.data.backend=tfrecord.",
         )
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     missing = [
@@ -231,6 +241,36 @@ def _check_files(config: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
         )
 
 
+def _check_tfrecord(config: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
+    """Checks that TFRecord files and TensorFlow are there, and that files hold images in a random order."""
+    from etils import epath
+
+    if importlib.util.find_spec("tensorflow") is None:
+        not_ready(
+            config.name,
+            config.data_dir,
+            "data.backend='tfrecord' needs TensorFlow, which is not installed here",
+            "`pip install tensorflow-cpu` installs it; array_record files need none.",
+        )
+    prepared = (epath.Path(builder.data_path) / "dataset_info.json").exists()
+    formats = {file_format.value for file_format in builder.info.available_file_formats()} if prepared else ()
+    if "tfrecord" not in formats:
+        not_ready(
+            config.name,
+            config.data_dir,
+            f"no TFRecord files are in {builder.data_path}",
+            f"`tfds build {config.name} --data_dir=DIR` writes them; where the set is there as "
+            f"array_record, leave data.backend at its default.",
+        )
+    if builder.info.disable_shuffling:
+        raise ValueError(
+            f"{config.name} cannot be read with data.backend='tfrecord': tensorflow-datasets stores it in "
+            f"its original order, and reading front to back would hardly shuffle it. Prepare it as "
+            f"array_record: `python -m adderflax.data.prepare {config.name} --data_dir=OTHER`."
+        )
+    builder.info.set_file_format("tfrecord", override=True, override_if_initialized=True)
+
+
 def _splits(
     config: DataConfig, builder: tfds.core.DatasetBuilder, image_key: str, label_key: str
 ) -> tuple[Split, Split]:
@@ -245,6 +285,10 @@ def _splits(
         )
 
     def opened(name: str) -> Split:
+        if config.backend == "tfrecord":
+            from adderflax.data.streams import TfrecordSplit
+
+            return TfrecordSplit(builder, name, image_key, label_key)
         decoders = {image_key: tfds.decode.SkipDecoding()}
         return TfdsSplit(builder.as_data_source(name, decoders=decoders), image_key, label_key)
 

@@ -1,4 +1,4 @@
-"""Writes small sets as tensorflow-datasets prepares them, without TensorFlow."""
+"""Writes small sets as tensorflow-datasets prepares them; array_record files without TensorFlow."""
 
 import io
 import json
@@ -24,10 +24,10 @@ def write_set(
     version: str = "1.0.0",
     num_classes: int = 10,
     file_format: str = "array_record",
+    shards: int = 1,
 ) -> Path:
     """Writes a prepared set as tensorflow-datasets lays it out, and returns its directory."""
     import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
     home = directory / name / version
@@ -43,23 +43,24 @@ def write_set(
     features.save_config(str(home))
     described = []
     for split, examples in splits.items():
-        path = home / f"{name}-{split}.{file_format}-00000-of-00001"
-        if file_format == "array_record":
-            writer = ArrayRecordWriter(str(path), "group_size:1")
-            for encoded, label in examples:
+        parts = [
+            examples[len(examples) * n // shards : len(examples) * (n + 1) // shards] for n in range(shards)
+        ]
+        for number, part in enumerate(parts):
+            path = home / f"{name}-{split}.{file_format}-{number:05d}-of-{shards:05d}"
+            writer = _writer(path, file_format)
+            for encoded, label in part:
                 example = tf_example_pb2.Example()
                 example.features.feature["image"].bytes_list.value.append(encoded)
                 example.features.feature["label"].int64_list.value.append(label)
                 writer.write(example.SerializeToString())
             writer.close()
-        else:
-            path.touch()
         described.append(
             {
                 "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
                 "name": split,
                 "numBytes": "1000",
-                "shardLengths": [str(len(examples))],
+                "shardLengths": [str(len(part)) for part in parts],
             }
         )
     (home / "dataset_info.json").write_text(
@@ -74,6 +75,16 @@ def write_set(
         )
     )
     return home
+
+
+def _writer(path: Path, file_format: str):
+    if file_format == "array_record":
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        return ArrayRecordWriter(str(path), "group_size:1")
+    import tensorflow as tf
+
+    return tf.io.TFRecordWriter(str(path))
 
 
 def pictures(count: int, shape: tuple[int, int, int], kind: str, seed: int = 0):

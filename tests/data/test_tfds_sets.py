@@ -143,6 +143,7 @@ def test_a_directory_that_does_not_exist(tmp_path):
 
 
 def test_tfrecord_data_is_refused_with_the_way_out(tmp_path):
+    pytest.importorskip("tensorflow")  # writes the files
     examples = pictures(5, (8, 8, 3), "png")
     write_set(tmp_path, {"train": examples}, shape=(8, 8, 3), file_format="tfrecord")
     with pytest.raises(DatasetNotReadyError, match="prepared there as tfrecord") as error:
