@@ -13,8 +13,9 @@ from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Programs that several tests compile alike are compiled once a session.
+# Programs that several tests compile alike are compiled once a session, those of commands included.
 _cache = tempfile.TemporaryDirectory(prefix="adderflax-test-cache-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # grain's worker processes read absl flags, which pytest does not parse.

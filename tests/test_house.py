@@ -18,24 +18,38 @@ LAYERS = {
     "training.optimizer": 3,
     "training.sharding": 3,
     "training.checkpoints": 3,
+    "training.distributed": 3,
+    "training.environment": 3,
+    "training.manifest": 3,
     "training.metrics": 3,
+    "training.preemption": 3,
     "training.steplog": 3,
     "training.workdir": 3,
     "training.state": 4,
     "training.config": 4,
     "training.command_line": 4,
+    "training.divergence": 4,
     "training.recipes": 4,
+    "training.profiling": 4,
     "training.restore": 4,
     "training.trainer": 4,
     "analysis": 5,
     "diversity": 5,
     "energy": 5,
+    "pods": 5,
     "predict": 5,
+    "report": 5,
     "study": 5,
 }
 ALLOWED_IN_LIBRARY = {"jax", "flax", "numpy", "adderflax"}
-# Parts of layer 3 that another part may name: a plain description, and the writer of lines.
-ACQUAINTED = {("training.workdir", "data"), ("training.steplog", "training.metrics")}
+# Parts of layer 3 that another part may name: a plain description, the writer of lines, the list of a
+# checkpoint's files, and the error that every command reports.
+ACQUAINTED = {
+    ("training.workdir", "data"),
+    ("training.steplog", "training.metrics"),
+    ("training.checkpoints", "training.manifest"),
+    ("training.checkpoints", "training.workdir"),
+}
 
 
 def modules() -> list:

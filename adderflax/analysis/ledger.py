@@ -262,7 +262,11 @@ class _Walk:
         index, *operands = eqn.invars
         values = tuple(loops.value(operand, known) for operand in operands)
         branches, chosen = eqn.params["branches"], loops.value(index, known)
-        if chosen is not None:
+        platforms = eqn.params.get("branches_platforms")
+        if platforms is not None and platforms[-1] is None:
+            # All platforms compute the same; what any of them can run is what can be counted.
+            branches = branches[-1:]
+        elif chosen is not None:
             branches = (branches[min(max(chosen, 0), len(branches) - 1)],)
         walks = []
         for branch in branches:

@@ -1,31 +1,56 @@
-"""Checkpoints of state and data iterator through orbax: asynchronous, atomic, latest and best kept."""
+"""Checkpoints of a run through orbax: asynchronous, atomic, checked before use, latest and best kept."""
 
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+
+from adderflax.training.manifest import find_damage, write_manifest
+from adderflax.training.workdir import WorkdirError
 
 # The figure that ranks checkpoints; larger is better.
 BEST_METRIC = "validation_accuracy"
+# Checkpoints that are no longer kept are renamed into here before their files go, one by one.
+_REMOVED = "removed"
 
 
 class Checkpointer:
     """Saves and restores a run under ``workdir/checkpoints``; a context manager that waits for saves.
 
-    State and data iterator are one atomic checkpoint, so they always belong to the same step.
+    State, data iterator and validation figures are one atomic checkpoint, so they always belong to the same
+    step, and what was best so far is known from the checkpoints alone. Each carries a manifest of its files.
     """
 
     def __init__(self, workdir: str | Path, *, keep_latest: int = 2, read_only: bool = False):
-        """Opens the directory, creating it if needed.
+        """Opens the directory, creating it if needed, and checks every file of every checkpoint.
+
+        A damaged checkpoint is reported by name and not used: as if it had never been saved. Opening for
+        writing renames it into ``workdir/damaged``.
 
         Args:
           workdir: the run's directory.
           keep_latest: how many of the newest checkpoints are kept besides the best one.
           read_only: only restore. Opening for writing removes half-written checkpoints, which in a run that
             is still going on are those being written.
+
+        Raises:
+          WorkdirError: there are checkpoints and all of them are damaged; nothing has been renamed.
         """
+        self._workdir = Path(workdir).absolute()
+        self._directory = self._workdir / "checkpoints"
+        # The figures of every usable checkpoint, by step; None where it was not evaluated.
+        self._figures = {step: self._read_figures(step) for step in self._usable_steps(read_only)}
+        self._saving: int | None = None
         # max_to_keep with best_fn would delete the newest steps, from which a run resumes.
         preservation = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -41,28 +66,36 @@ class Checkpointer:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
+            # A reader leaves damaged checkpoints where they are: orbax must not read their figures.
+            lightweight_initialize=read_only,
+            # A kill between two deleted files must not leave something that looks like a checkpoint.
+            todelete_subdir=_REMOVED,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(
-            Path(workdir).absolute() / "checkpoints",
-            options=options,
-            item_names=("state", "data"),
-        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "data"))
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.wait()
+            self._manager.close()
+        except Exception:
+            # Of two errors the first one explains: the one that is stopping the run already.
+            if kind is None:
+                raise
 
     @property
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
-        return self._manager.latest_step()
+        return max(self._figures, default=None)
 
     @property
     def best_step(self) -> int | None:
         """The step of the checkpoint with the best validation accuracy, or None if none was evaluated."""
-        return self._manager.best_step()
+        evaluated = [step for step, figures in self._figures.items() if figures is not None]
+        return max(evaluated, key=lambda step: (_ranking(self._figures[step]), step), default=None)
 
     def save(self, step: int, state: Any, data: Any, metrics: dict[str, float] | None) -> None:
         """Starts an asynchronous save; a step that is already saved is left as it is.
@@ -72,17 +105,24 @@ class Checkpointer:
           state: pytree of arrays.
           data: the grain iterator, positioned after the last batch that `state` has seen.
           metrics: validation figures of `state`, or None where it was not evaluated.
+
+        Raises:
+          WorkdirError: this save could not be started or the previous one not be finished.
         """
-        if self._manager.latest_step() == step:
+        if self.latest_step == step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
-            ),
-            metrics=metrics,
-            force=True,
-        )
+        self.wait()
+        self._saving = step
+        with self._naming_failure():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
+                ),
+                metrics=metrics,
+                force=True,
+            )
+        self._figures[step] = metrics
 
     def restore(self, state: Any, data: Any, step: int | None = None) -> Any:
         """Restores a checkpoint; `data` is repositioned in place.
@@ -93,13 +133,11 @@ class Checkpointer:
           step: which checkpoint; None is the newest.
         """
         step = self.latest_step if step is None else step
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state), data=grain.checkpoint.CheckpointRestore(data)
-            ),
-        )
-        return restored["state"]
+        restored = self.restore_state(state, step)
+        # Every process has taken the same number of batches: the first one's file serves any number of them.
+        (position,) = (self._directory / str(step) / "data").glob("process_0-of-*.json")
+        data.set_state(json.loads(position.read_text()))
+        return restored
 
     def restore_state(self, state: Any, step: int | None = None) -> Any:
         """Restores the state alone, for evaluation."""
@@ -108,8 +146,85 @@ class Checkpointer:
         return restored["state"]
 
     def wait(self) -> None:
-        """Blocks until the running save has been committed."""
-        self._manager.wait_until_finished()
+        """Blocks until the running save has been committed.
+
+        Raises:
+          WorkdirError: it could not be; the earlier checkpoints are all there.
+        """
+        with self._naming_failure():
+            self._manager.wait_until_finished()
+        # What the save displaced is moved by then.
+        self._empty_removed()
+
+    @contextlib.contextmanager
+    def _naming_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            failed, self._saving = self._saving, None
+            self._figures.pop(failed, None)
+            kept = f"checkpoint {self.latest_step} is intact" if self._figures else "none was saved before"
+            reason = "the disk is full" if "No space left" in str(error) else str(error).splitlines()[0]
+            raise WorkdirError(
+                f"Checkpoint {failed} could not be written to {self._directory}: {reason}. The run stops;"
+                f" {kept}. Make room or mend the disk; the same command goes on from there."
+            ) from error
+
+    def _seal(self) -> None:
+        # Orbax calls this in the one process that commits: every file is written, nothing is renamed yet.
+        (unfinished,) = self._directory.glob(f"{self._saving}.*")
+        write_manifest(unfinished)
+
+    def _read_figures(self, step: int) -> dict[str, float] | None:
+        metrics = self._directory / str(step) / "metrics"
+        return ocp.JsonCheckpointHandler("metrics").restore(metrics) if metrics.exists() else None
+
+    def _usable_steps(self, read_only: bool) -> list[int]:
+        """Checks every checkpoint, reports the damaged ones and, for writing, sets them aside."""
+        entries = self._directory.iterdir() if self._directory.is_dir() else ()
+        steps = sorted((int(entry.name) for entry in entries if entry.name.isdigit()), reverse=True)
+        damages = self._find_damages(steps)
+        told = "; ".join(f"checkpoint {step} ({damage})" for step, damage in damages.items())
+        if steps and len(damages) == len(steps):
+            raise WorkdirError(
+                f"Every checkpoint in {self._directory} is damaged: {told}. Nothing has been changed there."
+                " Put back a copy of one, or choose another directory with --workdir to begin again."
+            )
+        if damages and jax.process_index() == 0:
+            print(f"Damaged in {self._directory}: {told}. Using the others.", file=sys.stderr, flush=True)
+            if not read_only:
+                for step in damages:
+                    print(f"Checkpoint {step} is now {self._set_aside(step)}", file=sys.stderr, flush=True)
+        if not read_only:
+            self._empty_removed()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("adderflax_checkpoints_checked")
+        return [step for step in steps if step not in damages]
+
+    def _find_damages(self, steps: list[int]) -> dict[int, str]:
+        """The damaged ones among the checkpoints: every process hears what the first one found."""
+        damages = {}
+        if jax.process_index() == 0:
+            for step in steps:
+                checkpoint = self._directory / str(step)
+                # One that is gone was removed by the run that goes on while this process reads.
+                if (damage := find_damage(checkpoint)) and checkpoint.is_dir():
+                    damages[step] = damage
+        if jax.process_count() > 1:
+            damaged = np.array([step in damages for step in steps], bool)
+            damaged = multihost_utils.broadcast_one_to_all(damaged)
+            damages = {step: damages.get(step, "") for step, bad in zip(steps, damaged) if bad}
+        return damages
+
+    def _set_aside(self, step: int) -> Path:
+        aside = self._workdir / "damaged"
+        aside.mkdir(exist_ok=True)
+        count = sum(entry.name.split("-")[0] == str(step) for entry in aside.iterdir())
+        return (self._directory / str(step)).rename(aside / (f"{step}-{count + 1}" if count else str(step)))
+
+    def _empty_removed(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
 
 
 def _ranking(metrics: dict[str, float]) -> float:

@@ -14,8 +14,14 @@ from ml_collections import ConfigDict, config_dict
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
 from adderflax.models import VisionTransformerConfig
 from adderflax.training.optimizer import OptimizerConfig
+from adderflax.training.sharding import MeshConfig
 
-_SECTIONS = {"data": DataConfig, "augment": AugmentConfig, "optimizer": OptimizerConfig}
+_SECTIONS = {
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "optimizer": OptimizerConfig,
+    "mesh": MeshConfig,
+}
 # These follow from the data set.
 _DERIVED_MODEL_FIELDS = ("image_size", "channels", "num_classes")
 
@@ -32,9 +38,10 @@ def default_config(arithmetic: str = "adder") -> ConfigDict:
 
     Returns:
       A ConfigDict with the sections `data` (`adderflax.data.DataConfig`), `augment`
-      (`adderflax.data.AugmentConfig`), `optimizer` (`adderflax.training.optimizer.OptimizerConfig`), `model`
-      (`variant`, `arithmetic`, and every field of `adderflax.models.VisionTransformerConfig` that does not
-      follow from the data; unset means: as the variant and the preset say) and the fields of `RunConfig`.
+      (`adderflax.data.AugmentConfig`), `optimizer` (`adderflax.training.optimizer.OptimizerConfig`), `mesh`
+      (`adderflax.training.sharding.MeshConfig`), `model` (`variant`, `arithmetic`, and every field of
+      `adderflax.models.VisionTransformerConfig` that does not follow from the data; unset means: as the
+      variant and the preset say) and the fields of `RunConfig`.
     """
     config = ConfigDict(_section(RunConfig, skip=(*_SECTIONS, "model")))
     for name, section in _SECTIONS.items():
@@ -60,10 +67,13 @@ class RunConfig:
       log_every: write the training figures every so many steps.
       accumulation_steps: cut each batch into so many parts and average their gradients.
       ema_decay: decay of the average of the parameters that is evaluated; 0 evaluates the parameters.
+      skip_nonfinite_steps: how many updates of the whole run may be left out because their loss or gradient
+        is not finite; one more stops it.
       keep_checkpoints: how many of the newest checkpoints are kept besides the best.
       data: which images.
       augment: training augmentation.
       optimizer: optimizer and schedule.
+      mesh: how the devices share the work.
       model: variant, arithmetic and changed fields, as `VisionTransformerConfig.from_variant` takes them.
     """
 
@@ -76,10 +86,12 @@ class RunConfig:
     log_every: int = 50
     accumulation_steps: int = 1
     ema_decay: float = 0.0
+    skip_nonfinite_steps: int = 0
     keep_checkpoints: int = 2
     data: DataConfig
     augment: AugmentConfig
     optimizer: OptimizerConfig
+    mesh: MeshConfig
     model: dict[str, Any]
 
     def __post_init__(self):
@@ -90,6 +102,7 @@ class RunConfig:
             "checkpoint_every": 1,
             "log_every": 1,
             "accumulation_steps": 1,
+            "skip_nonfinite_steps": 0,
             "keep_checkpoints": 1,
         }
         if self.total_steps is not None:

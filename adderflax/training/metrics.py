@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 from tensorboardX import SummaryWriter
 
 
@@ -10,7 +11,7 @@ class MetricsWriter:
     """Appends to ``workdir/metrics.jsonl`` and ``workdir/tensorboard``; a context manager.
 
     Lines after `step`, which a killed run wrote past its last checkpoint, are cut off first: the file then
-    reads as if the run had never been interrupted.
+    reads as if the run had never been interrupted. Of several processes the first one alone writes.
     """
 
     def __init__(self, workdir: str | Path, step: int):
@@ -20,6 +21,9 @@ class MetricsWriter:
           workdir: the run's directory.
           step: the step the run starts from; 0 for a new one.
         """
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self._path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
         scratch = self._path.with_suffix(".jsonl.tmp")
@@ -32,11 +36,14 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
     def write(self, step: int, **figures: float) -> None:
         """Writes one line ``{"step": step, **figures}`` and the same scalars to TensorBoard."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step} | figures) + "\n")
         for name, value in figures.items():
             self._tensorboard.add_scalar(name, value, step)

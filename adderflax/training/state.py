@@ -1,6 +1,7 @@
 """The training state and the two compiled functions of a run: one update and one evaluation batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,11 +20,12 @@ class TrainState(struct.PyTreeNode):
     """Everything an update reads and writes.
 
     Attributes:
-      step: int32 [], number of updates done.
+      step: int32 [], number of updates done, those left out included.
       params: parameters, float32.
       opt_state: the optimizer's state.
       ema_params: exponential moving average of `params`, or None where it is off.
       key: typed PRNG key of the run; the update at step t uses ``fold_in(key, t)``.
+      skipped: int32 [], updates that were left out because their loss or gradient was not finite.
     """
 
     step: jax.Array
@@ -31,6 +33,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
     ema_params: Any
     key: jax.Array
+    skipped: jax.Array
 
     @property
     def evaluated_params(self) -> Any:
@@ -46,7 +49,7 @@ def init_state(
     with_ema: bool,
     mesh: Mesh,
 ) -> TrainState:
-    """Initializes the state on the mesh, replicated.
+    """Initializes the state on the mesh, cut as it rests there.
 
     Args:
       model: an image classifier with a `config` of image_size and channels.
@@ -55,10 +58,11 @@ def init_state(
       with_ema: whether an average of the parameters is kept.
       mesh: the devices.
     """
-    return jax.jit(
-        lambda: _new_state(model, optimizer, seed, with_ema),
-        out_shardings=sharding.replicated(mesh),
-    )()
+
+    def new_state():
+        return _new_state(model, optimizer, seed, with_ema)
+
+    return jax.jit(new_state, out_shardings=sharding.resting(jax.eval_shape(new_state), mesh))()
 
 
 def abstract_state(
@@ -70,8 +74,11 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, without computing it: a target for restoring."""
     shapes = jax.eval_shape(lambda: _new_state(model, optimizer, 0, with_ema))
-    placement = sharding.replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), shapes)
+
+    def place(leaf, placement):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
+
+    return jax.tree.map(place, shapes, sharding.resting(shapes, mesh))
 
 
 def _new_state(model, optimizer, seed, with_ema) -> TrainState:
@@ -85,7 +92,18 @@ def _new_state(model, optimizer, seed, with_ema) -> TrainState:
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if with_ema else None,
         key=key,
+        skipped=jnp.zeros((), jnp.int32),
     )
+
+
+def step_inputs(
+    state: TrainState,
+    batch: Batch,
+    augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The images, targets and model's key of the update that follows `state` on a batch."""
+    augment_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    return *augment(augment_key, batch["image"], batch["label"]), model_key
 
 
 def make_train_step(
@@ -95,6 +113,7 @@ def make_train_step(
     *,
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
+    skip_nonfinite_steps: int = 0,
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles one update over a whole batch; the state is donated.
@@ -107,11 +126,14 @@ def make_train_step(
         ``(1 + t) / (10 + t)``, so that the average forgets the initialization.
       accumulation_steps: the batch is cut into this many parts whose gradients are averaged, to save
         memory; the update is that of the whole batch.
+      skip_nonfinite_steps: an update whose loss or gradient is not finite changes nothing but the state's
+        `step` and `skipped`. After more than so many of them not even `step` changes any more: the state
+        stays what it was before the last one.
       mesh: the devices.
 
     Returns:
       ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy, gradient_norm and
-      parameter_norm, the last one of the new parameters.
+      parameter_norm, the last one of the new parameters, and the int32 scalar skipped.
     """
 
     def loss_and_hits(params, images, targets, key):
@@ -120,7 +142,10 @@ def make_train_step(
         hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
         return jnp.mean(losses), jnp.mean(hits.astype(jnp.float32))
 
-    value_and_grad = jax.value_and_grad(loss_and_hits, has_aux=True)
+    def value_and_grad(params, *part):
+        value, gradients = jax.value_and_grad(loss_and_hits, has_aux=True)(params, *part)
+        # Each device keeps the part of the sum whose parameters it updates.
+        return value, sharding.constrain(gradients, sharding.resting, mesh)
 
     def split(leaf):
         # Part p takes rows p, p + parts, ...: a share of every device's rows, so nothing moves between them.
@@ -128,14 +153,14 @@ def make_train_step(
         return jnp.swapaxes(parts, 0, 1)
 
     def train_step(state: TrainState, batch: Batch):
-        augment_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        images, targets = augment(augment_key, batch["image"], batch["label"])
+        images, targets, model_key = step_inputs(state, batch, augment)
+        whole_params = sharding.constrain(state.params, sharding.computing, mesh)
         if accumulation_steps == 1:
-            (loss, accuracy), gradients = value_and_grad(state.params, images, targets, model_key)
+            (loss, accuracy), gradients = value_and_grad(whole_params, images, targets, model_key)
         else:
 
             def accumulate(total, part):
-                return jax.tree.map(jnp.add, total, value_and_grad(state.params, *part)), None
+                return jax.tree.map(jnp.add, total, value_and_grad(whole_params, *part)), None
 
             keys = jax.random.split(model_key, accumulation_steps)
             parts = (split(images), split(targets), keys)
@@ -153,17 +178,30 @@ def make_train_step(
             t = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1.0 + t) / (10.0 + t))
             ema_params = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema_params, params)
+        gradient_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        over = skipped > skip_nonfinite_steps
+        learned = state.replace(params=params, opt_state=opt_state, ema_params=ema_params)
+        state = jax.tree.map(partial(jnp.where, finite & ~over), learned, state)
+        state = state.replace(step=state.step + jnp.where(over, 0, 1), skipped=skipped)
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "gradient_norm": optax.tree.norm(gradients),
-            "parameter_norm": optax.tree.norm(params),
+            "gradient_norm": gradient_norm,
+            "parameter_norm": optax.tree.norm(state.params),
+            "skipped": skipped,
         }
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
         return state, metrics
 
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=(whole, whole))
+    shapes = jax.eval_shape(lambda: _new_state(model, optimizer, 0, ema_decay > 0))
+    state, rows = sharding.resting(shapes, mesh), sharding.batch_sharding(mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state, rows),
+        out_shardings=(state, sharding.replicated(mesh)),
+    )
 
 
 def make_eval_step(
@@ -182,6 +220,7 @@ def make_eval_step(
     """
 
     def eval_step(params, batch: Batch):
+        params = sharding.constrain(params, sharding.computing, mesh)
         logits = model.apply({"params": params}, normalize(batch["image"]))
         labels, weight = batch["label"], batch["weight"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -197,5 +236,6 @@ def make_eval_step(
             "examples": jnp.sum(weight),
         }
 
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, rows), out_shardings=whole)
+    # The parameters come as they rest.
+    shardings = (None, sharding.batch_sharding(mesh))
+    return jax.jit(eval_step, in_shardings=shardings, out_shardings=sharding.replicated(mesh))

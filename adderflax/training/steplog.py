@@ -14,7 +14,16 @@ from adderflax.training.metrics import MetricsWriter
 
 
 class DivergenceError(RuntimeError):
-    """The loss, the gradient or the parameters are no longer finite."""
+    """The loss, the gradient or the parameters are no longer finite.
+
+    Attributes:
+      step: the update.
+      batch: the host batch whose loss or gradient is not finite; None where it is something else.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None, batch: dict[str, np.ndarray] | None = None):
+        super().__init__(message)
+        self.step, self.batch = step, batch
 
 
 class StepLog:
@@ -34,6 +43,7 @@ class StepLog:
         batch_size: int,
         log_every: int,
         learning_rate: Callable[[int], float],
+        allowed_skips: int,
         progress: bool,
     ):
         """Starts the bar and the clock.
@@ -45,10 +55,11 @@ class StepLog:
           batch_size: examples of one update.
           log_every: write a line every so many updates.
           learning_rate: rate of the update that follows so many updates.
+          allowed_skips: how many updates of the whole run may be left out.
           progress: whether to draw a bar.
         """
         self._writer, self._batch_size, self._log_every = writer, batch_size, log_every
-        self._total, self._learning_rate = total, learning_rate
+        self._total, self._learning_rate, self._allowed_skips = total, learning_rate, allowed_skips
         self._bar = tqdm(
             initial=first,
             total=total,
@@ -74,27 +85,36 @@ class StepLog:
         """Training throughput without compilation, evaluation and saving; None before the second update."""
         return self._steps * self._batch_size / self._seconds if self._seconds else None
 
-    def push(self, step: int, metrics: dict[str, jax.Array], indices: np.ndarray) -> None:
-        """Takes the figures of update `step` on the examples `indices`, and reads the previous ones.
+    def push(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
+        """Takes the figures of update `step` on the host batch `batch`, and reads the previous ones.
 
         Raises:
-          DivergenceError: the previous update's loss, gradient or parameters were not finite.
+          DivergenceError: the previous update was not finite and could not be left out.
         """
         self.flush()
-        self._pending = (step, metrics, indices)
+        self._pending = (step, metrics, batch)
 
     def flush(self) -> None:
         """Reads the figures that are still on the devices.
 
         Raises:
-          DivergenceError: the update's loss, gradient or parameters were not finite.
+          DivergenceError: the update was not finite and could not be left out.
         """
         if self._pending is None:
             return
-        (step, metrics, indices), self._pending = self._pending, None
+        (step, metrics, batch), self._pending = self._pending, None
         figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        skipped = int(figures.pop("skipped"))
         self._tick()
-        self.require_finite(step, figures, indices)
+        if not math.isfinite(figures["loss"] + figures["gradient_norm"]):
+            if skipped > self._allowed_skips:
+                raise DivergenceError(_not_finite(step, figures), step=step, batch=batch)
+            self._writer.write(step, skipped_updates=skipped)
+            told = _not_finite(step, figures)
+            self.note(f"{told} It is left out, as number {skipped} of at most {self._allowed_skips}.")
+            self._bar.update()
+            return
+        _require_finite(step, figures)
         speed = self.images_per_second
         self._bar.set_postfix_str(
             f"loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.3f}"
@@ -104,25 +124,20 @@ class StepLog:
         self._bar.update()
         if step % self._log_every == 0 or step == self._total:
             line = {f"train_{name}": value for name, value in figures.items()}
-            line["learning_rate"] = self._learning_rate(step - 1)
+            # The schedule counts the updates that were made.
+            line["learning_rate"] = self._learning_rate(step - 1 - skipped)
             if speed:
                 line["images_per_second"] = speed
             self._writer.write(step, **line)
 
-    @staticmethod
-    def require_finite(step: int, figures: dict[str, float], indices: np.ndarray) -> None:
-        """Raises DivergenceError, naming the update's examples, unless every figure is finite."""
-        if not all(math.isfinite(value) for value in figures.values()):
-            shown = ", ".join(f"{name} {value}" for name, value in figures.items())
-            examples = ", ".join(map(str, indices[:8])) + (
-                f" and {len(indices) - 8} more" if len(indices) > 8 else ""
-            )
-            raise DivergenceError(
-                f"Update {step} is not finite: {shown}. It was computed on training examples {examples}."
-                " The run stops; the checkpoints in its workdir are from earlier updates and intact. Lower"
-                " optimizer.learning_rate, raise optimizer.warmup_fraction or clip with optimizer.clip_norm,"
-                " in another workdir."
-            )
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Writes the figures of an evaluation after update `step`.
+
+        Raises:
+          DivergenceError: one is not finite.
+        """
+        _require_finite(step, scores)
+        self._writer.write(step, **scores)
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -146,3 +161,13 @@ class StepLog:
             self._steps += 1
             self._seconds += now - self._since
         self._since = now
+
+
+def _require_finite(step: int, figures: dict[str, float]) -> None:
+    if not all(math.isfinite(value) for value in figures.values()):
+        raise DivergenceError(_not_finite(step, figures), step=step)
+
+
+def _not_finite(step: int, figures: dict[str, float]) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in figures.items())
+    return f"Update {step} is not finite: {told}."

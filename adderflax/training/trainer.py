@@ -3,20 +3,23 @@
 import contextlib
 import math
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adderflax import data as data_lib
 from adderflax.models import VisionTransformer
-from adderflax.training import sharding
+from adderflax.training import distributed, divergence, environment, profiling, sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.config import ConfigError, RunConfig
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
+from adderflax.training.preemption import StopSignals
 from adderflax.training.state import (
     TrainState,
     abstract_state,
@@ -24,7 +27,7 @@ from adderflax.training.state import (
     make_eval_step,
     make_train_step,
 )
-from adderflax.training.steplog import StepLog
+from adderflax.training.steplog import DivergenceError, StepLog
 from adderflax.training.workdir import WorkdirError
 
 
@@ -36,7 +39,7 @@ class Trainer:
       dataset: the images.
       model: the Linen module.
       total_steps: number of updates of the whole run.
-      mesh: the local devices.
+      mesh: the devices of all processes.
     """
 
     def __init__(self, config: ConfigDict | dict[str, Any]):
@@ -47,24 +50,30 @@ class Trainer:
           adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
         """
         self.config = RunConfig.parse(config)
-        self.mesh = sharding.make_mesh()
+        self.mesh = _make_mesh(self.config)
         try:
-            self.dataset = data_lib.load_dataset(self.config.data)
+            self.dataset = distributed.first_process_first(
+                lambda: data_lib.load_dataset(self.config.data), "load_dataset"
+            )
+            model = self.config.model_config(self.dataset.info)
+            sharding.require_tensor_fits(self.mesh, model.num_heads, model.mlp_dim or 4 * model.embed_dim)
+            self._share = dict(zip(("process_index", "process_count"), sharding.process_share(self.mesh)))
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.model = VisionTransformer(self.config.model_config(self.dataset.info))
+        self.model = VisionTransformer(model)
         self.total_steps = self.config.num_steps(self.dataset.info)
         self.optimizer, self._schedule = make_optimizer(self.config.optimizer, self.total_steps)
         self._state_options = {"with_ema": self.config.ema_decay > 0, "mesh": self.mesh}
-        info, augment = self.dataset.info, self.config.augment
+        info = self.dataset.info
         self.train_step = make_train_step(
             self.model,
             self.optimizer,
-            lambda key, images, labels: data_lib.augment_batch(
-                key, images, labels, config=augment, info=info
-            ),
+            self._augment,
             ema_decay=self.config.ema_decay,
             accumulation_steps=self.config.accumulation_steps,
+            skip_nonfinite_steps=self.config.skip_nonfinite_steps,
             mesh=self.mesh,
         )
         self.eval_step = make_eval_step(
@@ -88,9 +97,24 @@ class Trainer:
                 self.config.augment,
                 batch_size=self.config.batch_size,
                 seed=self.config.seed,
+                **self._share,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def find_culprit(self, state: TrainState, batch: dict[str, Any]) -> str:
+        """Which layer went first in the update from `state` on a host batch, in a sentence."""
+        return divergence.find_culprit(
+            self.model,
+            state,
+            sharding.put_batch(batch, self.mesh),
+            self._augment,
+            accumulation_steps=self.config.accumulation_steps,
+        )
+
+    def _augment(self, key, images, labels):
+        info = self.dataset.info
+        return data_lib.augment_batch(key, images, labels, config=self.config.augment, info=info)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the update that follows `step` updates."""
@@ -104,9 +128,16 @@ class Trainer:
           and ``{part}_examples``.
         """
         # A batch of evaluation divides over the devices; what pads it has weight 0.
-        batch_size = math.ceil(self.config.batch_size / self.mesh.size) * self.mesh.size
+        shares = sharding.batch_shares(self.mesh)
+        batches = data_lib.evaluation_batches(
+            self.dataset,
+            part,
+            self.config.data,
+            batch_size=math.ceil(self.config.batch_size / shares) * shares,
+            **self._share,
+        )
         sums = []
-        for batch in data_lib.evaluation_batches(self.dataset, part, self.config.data, batch_size=batch_size):
+        for batch in batches:
             sums.append(self.eval_step(state.evaluated_params, sharding.put_batch(batch, self.mesh)))
             # Loads the next batch while this one is computed, but never queues more than two on a device.
             jax.block_until_ready(sums[-2:-1])
@@ -126,7 +157,12 @@ class Trainer:
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, *, extend: bool = False, progress: bool = True
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    extend: bool = False,
+    progress: bool = True,
+    profile_steps: range | None = None,
 ) -> dict[str, Any]:
     """Trains a run to its end, from wherever its workdir is, and evaluates it once on the test split.
 
@@ -135,6 +171,7 @@ def train(
       workdir: its directory; a run that is there is resumed.
       extend: accept another number of steps than the workdir was begun with.
       progress: whether to draw a progress bar.
+      profile_steps: updates of which a trace is written (`adderflax.training.profiling.profiled`).
 
     Returns:
       The summary, which is also written to ``summary.json``: figures of the evaluated parameters on the test
@@ -144,25 +181,35 @@ def train(
     Raises:
       ConfigError: the configuration cannot be run.
       adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
-      adderflax.training.workdir.WorkdirError: the workdir cannot be written or holds another run.
+      adderflax.training.workdir.WorkdirError: the workdir cannot be written, is being written by
+        another process, holds another run, or all its checkpoints are damaged.
       DivergenceError: the loss, the gradient or the parameters became infinite or NaN.
+      adderflax.training.preemption.Preempted: SIGTERM or SIGINT came; the last update is saved.
     """
     started = time.monotonic()
     run = RunConfig.parse(config)
     plain = config.to_dict() if isinstance(config, ConfigDict) else config
     # Everything that can be refused is refused before data is read, which may mean downloading it.
     _require_divisible(run)
-    workdir = workdir_lib.open_workdir(workdir, plain, extend=extend)
-    trainer = Trainer(config)
-    total = trainer.total_steps
-    workdir_lib.write_info(workdir, trainer.dataset.info)
+    with contextlib.ExitStack() as held:
+        first_process = jax.process_index() == 0
 
-    with (
+        def hold():
+            # The first process writes; it holds the directory for all.
+            if first_process:
+                held.enter_context(workdir_lib.writing(workdir))
+                workdir_lib.open_workdir(workdir, plain, extend=extend)
+            return Path(workdir).absolute()
+
+        workdir = distributed.first_process_first(hold, "open_workdir")
+        trainer = Trainer(config)
+        total = trainer.total_steps
+        if first_process:
+            workdir_lib.write_info(workdir, trainer.dataset.info)
         # Kernels that XLA cannot partition by itself need to know the mesh.
-        jax.set_mesh(trainer.mesh),
-        contextlib.closing(trainer.train_batches()) as batches,
-        Checkpointer(workdir, keep_latest=run.keep_checkpoints) as checkpointer,
-    ):
+        held.enter_context(jax.set_mesh(trainer.mesh))
+        batches = held.enter_context(contextlib.closing(trainer.train_batches()))
+        checkpointer = held.enter_context(Checkpointer(workdir, keep_latest=run.keep_checkpoints))
         first = checkpointer.latest_step or 0
         if first > total:
             raise WorkdirError(
@@ -178,6 +225,7 @@ def train(
             print(f"Resumed from step {first}", flush=True)
         else:
             state = trainer.new_state()
+        environment.record_start(workdir, first)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)
         with (
@@ -189,40 +237,63 @@ def train(
                 batch_size=run.batch_size,
                 log_every=run.log_every,
                 learning_rate=trainer.learning_rate,
-                progress=progress,
+                allowed_skips=run.skip_nonfinite_steps,
+                progress=progress and first_process,
             ) as log,
         ):
-            for step in range(first + 1, total + 1):
-                batch = next(batches)
-                state, metrics = trainer.train_step(state, sharding.put_batch(batch, trainer.mesh))
-                log.push(step, metrics, batch["index"])
-                evaluates = step == total or step % run.eval_every == 0
-                if not evaluates and step % run.checkpoint_every:
-                    continue
-                # Nothing that is not finite is ever saved: this raises first.
-                log.flush()
-                with log.paused():
-                    scores = trainer.validate(state) if evaluates else {}
-                    if scores:
-                        log.require_finite(step, scores, batch["index"])
-                        writer.write(step, **scores)
-                        log.note(_line(step, scores))
-                    checkpointer.save(step, state, batches, scores or None)
+            steps = profiling.profiled(range(first + 1, total + 1), profile_steps, workdir)
+            state = _update(trainer, state, batches, steps, log, checkpointer, workdir)
         checkpointer.wait()
-        best_step = checkpointer.best_step
-
         summary = trainer.evaluate(state, "test") | {
             "steps": total,
-            "best_step": best_step,
+            "best_step": checkpointer.best_step,
             "parameters": parameters,
             "images_per_second": log.images_per_second or _last_speed(workdir),
             "seconds": time.monotonic() - started,
             "devices": [device.device_kind for device in jax.devices()],
             "config": plain,
         }
-    workdir_lib.write_summary(workdir, summary)
+        if first_process:
+            workdir_lib.write_summary(workdir, summary)
     print(_line(total, summary), flush=True)
     return summary
+
+
+def _update(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Iterator[dict[str, Any]],
+    steps: Iterable[int],
+    log: StepLog,
+    checkpointer: Checkpointer,
+    workdir: Path,
+) -> TrainState:
+    """The loop: one update for each of `steps`, evaluating and saving where it is due."""
+    run = trainer.config
+    try:
+        with StopSignals() as signals:
+            for step in steps:
+                batch = next(batches)
+                state, metrics = trainer.train_step(state, sharding.put_batch(batch, trainer.mesh))
+                log.push(step, metrics, batch)
+                evaluates = step == trainer.total_steps or step % run.eval_every == 0
+                stops = signals.should_stop(step)
+                if not (evaluates or stops) and step % run.checkpoint_every:
+                    continue
+                # Nothing that is not finite is ever saved: this raises first.
+                log.flush()
+                with log.paused():
+                    scores = trainer.validate(state) if evaluates else {}
+                    if scores:
+                        log.write_scores(step, scores)
+                        log.note(_line(step, scores))
+                    checkpointer.save(step, state, batches, scores or None)
+                if stops:
+                    checkpointer.wait()
+                    signals.stop(step, log.note)
+    except DivergenceError as error:
+        raise divergence.explain(error, workdir, lambda batch: trainer.find_culprit(state, batch)) from error
+    return state
 
 
 def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, float]:
@@ -241,7 +312,8 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     saved = workdir_lib.read_config(workdir)
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict())
-    trainer = Trainer(saved if config is None else config)
+    # The mesh is one of where the run was trained; here is somewhere else.
+    trainer = Trainer(saved | {"mesh": {}} if config is None else config)
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
         if checkpointer.latest_step is None:
             raise WorkdirError(
@@ -252,9 +324,16 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
         return {"steps": int(state.step)} | trainer.evaluate(state, "test")
 
 
+def _make_mesh(run: RunConfig) -> Mesh:
+    try:
+        return sharding.make_mesh(config=run.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _require_divisible(run: RunConfig) -> None:
     try:
-        sharding.require_divisible(run.batch_size, sharding.make_mesh(), run.accumulation_steps)
+        sharding.require_divisible(run.batch_size, _make_mesh(run), run.accumulation_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

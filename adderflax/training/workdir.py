@@ -1,14 +1,21 @@
 """A run's directory: its configuration, its data set's description, and whether a run may go on in it."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
+import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from adderflax.data import DatasetInfo
 
 # What may differ between the run that began a workdir and the one that goes on in it: where the data lies,
-# how fast it is read, how often figures are written. Everything else changes what is computed.
+# how fast it is read, how often figures are written, how much divergence is borne (up to where the run stands
+# none was beyond that). Everything else changes what is computed.
 _FREE_FIELDS = {
     "data.data_dir",
     "data.workers",
@@ -17,17 +24,73 @@ _FREE_FIELDS = {
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "skip_nonfinite_steps",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
     "model.remat",
     "model.implementation",
 }
+
+
+# What a write can fail with although the directory was writable when the run began.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class WorkdirError(RuntimeError):
     """A workdir that cannot be used for what was asked, with what to do."""
 
 
+@contextlib.contextmanager
+def writing(workdir: str | Path) -> Iterator[Path]:
+    """Makes this process the one writer of a directory, which is created if needed.
+
+    The lock ends with the process, however it ends, and belongs to it alone: a POSIX record lock passes to no
+    data worker, whether forked or spawned. Readers need none.
+
+    Args:
+      workdir: the run's directory.
+
+    Yields:
+      Its absolute path.
+
+    Raises:
+      WorkdirError: the directory cannot be written, another process writes it, or its disk is full.
+    """
+    path = Path(workdir).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("ab+", buffering=0)
+    except OSError as error:
+        raise WorkdirError(
+            f"The workdir {path} cannot be written ({error.strerror or error}): checkpoints and figures go"
+            " there. Choose another with --workdir, or change its permissions."
+        ) from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = (path / "lock").read_text().strip() or "another process"
+            raise WorkdirError(
+                f"The workdir {path} is being written by {holder}: two runs in one directory would destroy"
+                " each other's checkpoints. Wait for that one or stop it, or choose another directory with"
+                " --workdir."
+            ) from None
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+            yield path
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            raise WorkdirError(
+                f"The disk of the workdir {path} cannot be written: {error.strerror}. The run stops; what was"
+                " saved before is intact. Make room or mend the disk; the same command goes on from there."
+            ) from error
+
+
 def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = False) -> Path:
-    """Creates the directory, or checks that a run of this configuration may go on in it.
+    """Checks that a run of this configuration may begin or go on in a directory, held by `writing`.
 
     Args:
       workdir: the run's directory.
@@ -39,20 +102,11 @@ def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = 
       The absolute path, with ``config.json`` up to date.
 
     Raises:
-      WorkdirError: the directory cannot be written, or holds a run of another configuration.
+      WorkdirError: the directory holds a run of another configuration.
     """
     path = Path(workdir).absolute()
+    path.mkdir(parents=True, exist_ok=True)
     file = path / "config.json"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise WorkdirError(
-            f"The workdir {path} cannot be written ({error.strerror or error}): checkpoints and figures go"
-            " there. Choose another with --workdir, or change its permissions."
-        ) from error
     # What was begun but never saved holds nothing to protect: a mistyped first command can be corrected.
     begun = has_checkpoints(path)
     if begun and file.exists():

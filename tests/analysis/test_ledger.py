@@ -203,6 +203,13 @@ def test_of_a_cond_the_heavier_branch_counts():
     assert ledger.operations == {"multiply": 18}
 
 
+def test_of_a_choice_by_platform_the_common_form_counts():
+    def function(x):
+        return lax.platform_dependent(x, tpu=lambda x: x * x * x, default=lambda x: x + 1.0)
+
+    assert count_operations(function, array(9)).operations == {"add": 9}
+
+
 def test_dead_code_is_not_counted():
     @jax.jit
     def both(x):

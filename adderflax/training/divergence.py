@@ -1,0 +1,128 @@
+"""Where the numbers ended: which layer went first on a batch whose update was not finite."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from adderflax.models import VisionTransformer
+from adderflax.training.state import Batch, TrainState, step_inputs
+from adderflax.training.steplog import DivergenceError
+
+
+def explain(
+    error: DivergenceError, workdir: Path, find: Callable[[dict[str, np.ndarray]], str]
+) -> DivergenceError:
+    """Completes an error with its examples, its first layer and what to do; writes ``divergence.json``.
+
+    Args:
+      error: as `adderflax.training.steplog.StepLog` raised it.
+      workdir: the run's directory.
+      find: `find_culprit` for a host batch.
+    """
+    report = {"step": error.step, "figures": str(error)}
+    details = ""
+    if error.batch is not None:
+        indices = error.batch["index"].tolist()
+        report |= {"culprit": find(error.batch), "indices": indices}
+        shown = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" * (len(indices) > 8))
+        details = f" {report['culprit']} It was computed on training examples {shown}."
+    file = workdir / "divergence.json"
+    if jax.process_index() == 0:
+        file.write_text(json.dumps(report, indent=1) + "\n")
+    return DivergenceError(
+        f"{error}{details} The whole account is in {file}. The run stops; the checkpoints in its workdir are"
+        " from earlier updates and intact. Lower optimizer.learning_rate, raise optimizer.warmup_fraction or"
+        " clip with optimizer.clip_norm, in another workdir; or go on in this one and leave out a few such"
+        " updates with --config.skip_nonfinite_steps.",
+        step=error.step,
+        batch=error.batch,
+    )
+
+
+def find_culprit(
+    model: VisionTransformer,
+    state: TrainState,
+    batch: Batch,
+    augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    *,
+    accumulation_steps: int = 1,
+) -> str:
+    """Repeats an update's forward and backward pass and looks at every layer's outputs and gradients.
+
+    Args:
+      model: the run's model.
+      state: the state that the update was computed from.
+      batch: the batch that it was computed on.
+      augment: as `adderflax.training.state.make_train_step` takes it.
+      accumulation_steps: parts that the batch is cut into.
+
+    Returns:
+      A sentence that names the first layer, in the order of execution, whose output is not finite; where all
+      are finite, the first one in the order of the backward pass whose gradient is not.
+    """
+    # Values inside of a rematerialized block cannot be looked at from outside; the computation is the same.
+    model = VisionTransformer(dataclasses.replace(model.config, remat=False))
+    names: list[str] = []
+
+    def loss_and_flags(params, images, targets, key):
+        names.clear()
+        flags = []
+
+        def look(method, arguments, keywords, context):
+            output = method(*arguments, **keywords)
+            if context.method_name == "__call__":
+                names.append("/".join(context.module.path))
+                flags.append(_finite(output))
+            return output
+
+        with nn.intercept_methods(look):
+            logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key})
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        return loss, (flags, jnp.isfinite(loss))
+
+    @jax.jit
+    def examine(state, batch):
+        images, targets, key = step_inputs(state, batch, augment)
+        keys = [key] if accumulation_steps == 1 else jax.random.split(key, accumulation_steps)
+        reports = []
+        for part, part_key in enumerate(keys):
+            rows = slice(part, None, accumulation_steps)
+            gradient = jax.grad(loss_and_flags, has_aux=True)
+            gradients, (flags, loss) = gradient(state.params, images[rows], targets[rows], part_key)
+            reports.append((_finite(images[rows]), flags, loss, jax.tree.map(_finite, gradients)))
+        return jax.tree.map(_finite, state.params), reports
+
+    params, reports = jax.device_get(examine(state, batch))
+    if broken := _broken(params):
+        return f"Parameters are not finite, among them {broken[0]}."
+    for images, flags, loss, _ in reports:
+        if not images:
+            return "The augmented images themselves are not finite."
+        if not all(flags):
+            name = names[flags.index(False)] or "the classifier as a whole"
+            return f"The first layer whose activations are not finite is {name}."
+        if not loss:
+            return "All activations are finite, but the logits are too large for a finite loss."
+    order = {name: position for position, name in enumerate(names) if name}
+    for *_, gradients in reports:
+        if broken := _broken(gradients):
+            last = max(broken, key=lambda name: order.get(name.rpartition("/")[0], -1))
+            return f"All activations are finite; the first parameter whose gradient is not is {last}."
+    return "All activations and gradients are finite one by one; only their norm is too large for float32."
+
+
+def _finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _broken(finite: Any) -> list[str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(finite)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, flag in leaves if not flag]
