@@ -1,0 +1,81 @@
+"""The benchmarks run end to end on small shapes, and their page says where each figure is from."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from adderflax import adder_matmul
+from adderflax.training.command_line import load_config
+from adderflax.training.config import RunConfig
+from benchmarks import operators, step, timing
+
+
+def test_operators_are_timed_and_tabulated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(operators, "RESULTS", tmp_path / "operators")
+    monkeypatch.setattr(operators, "LINEAR", [(24, 48)])
+    monkeypatch.setattr(operators, "COMPARED", [])
+    monkeypatch.setattr(operators, "TOKENS", (5,))
+    monkeypatch.setattr(operators, "device_limits", lambda: (1e9, 5e8))
+    assert operators.main(["--batches=1,2", "--name=here"]) == 0
+
+    written = json.loads((tmp_path / "operators" / "here.json").read_text())
+    ours = [record for record in written["records"] if record["contender"] == "adderflax"]
+    assert len(ours) == 2 * 2 * 3
+    forward = ours[0]
+    assert forward["lengths"] == [197, 24, 48] and forward["method"] == "forward"
+    rate = 197 * 24 * 48 / forward["seconds"]
+    assert forward["elements_per_second"] == pytest.approx(rate)
+    assert forward["share_of_limit"] == pytest.approx(rate / 1e9)
+    assert {record["contender"] for record in written["records"]} >= {"adderflax", "multiply"}
+
+    page = (tmp_path / "operators.md").read_text()
+    assert written["machine"]["device"] in page and "394 x 24 x 48" in page and "12 x 5 x 64 x 5" in page
+    assert f"| {rate / 1e9:,.1f} |" in page
+    assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_operators_refuse_unknown_cases(capsys):
+    for wrong, said in (
+        ("--only=convolutions", "allowed are linear and scores"),
+        ("--batches=1,b", "1,8,64"),
+    ):
+        with pytest.raises(SystemExit):
+            operators.main([wrong])
+        assert said in capsys.readouterr().err
+
+
+def test_faster_functions_take_less_time():
+    x = jnp.ones((64, 256))
+    fast = jax.jit(jnp.sum).lower(x).compile()
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, y: jnp.sin(y + x), x)).lower(x).compile()
+    seconds = timing.alternate({"fast": lambda: fast(x), "slow": lambda: slow(x)}, rounds=3)
+    assert 0 < seconds["fast"] < seconds["slow"]
+
+
+def test_calls_of_a_step_are_found_and_counted():
+    def twice(x, w):
+        def body(x, _):
+            return adder_matmul(x, w), None
+
+        return jax.lax.scan(body, x, length=3)[0].sum() + adder_matmul(x[:2], w).sum()
+
+    operands = jnp.ones((4, 6)), jnp.ones((6, 6))
+    forward = {key[:2]: count for key, (_, _, count) in _calls(twice, *operands).items()}
+    assert forward == {("adder_matmul", "float32(4, 6)"): 3, ("adder_matmul", "float32(2, 6)"): 1}
+    gradient = {key[0]: count for key, (_, _, count) in _calls(jax.grad(twice, (0, 1)), *operands).items()}
+    assert set(gradient) == {"adder_matmul", "adder_matmul_gradient_x", "adder_matmul_gradient_y"}
+
+
+def _calls(function, *operands):
+    return step.adder_calls(jax.make_jaxpr(function)(*operands).jaxpr)
+
+
+@jax.numpy_dtype_promotion("standard")  # optax itself promotes
+def test_a_step_is_split():
+    fields = ["--config.batch_size=4", "--config.model.depth=1", "--config.model.embed_dim=32"]
+    figures = step.split_step(RunConfig.parse(load_config("configs/digits_adder_vit.py", fields)))
+    parts = [figures[name] for name in ("forward", "input gradient", "weight gradient")]
+    assert min(parts) > 0
+    assert figures["rest"] == pytest.approx(figures["step"] - sum(parts))
