@@ -1,0 +1,75 @@
+"""The results pages agree with the files and programs that their figures are from."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
+from adderflax.analysis.energy_tables import energy
+from adderflax.training.command_line import load_config
+
+RESULTS = Path(__file__).parent.parent / "results"
+CLAIMS = (RESULTS / "claims.md").read_text()
+
+
+def row(start):
+    """The cells of the claims' table row that begins with this text."""
+    (line,) = (line for line in CLAIMS.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize(("model", "config"), [("DeiT-Ti", "ti"), ("DeiT-S", "s"), ("DeiT-B", "b")])
+def test_energies(model, config):
+    path = f"configs/imagenet_adder_deit_{config}.py"
+    default = configured_model(load_config(path, []))
+    dot = configured_model(load_config(path, ["--config.model.similarity=dot"]))
+    paper, full = (
+        [
+            energy(inference_ledger(found), convention).total
+            for found in (multiplying_twin(default), dot, default)
+        ]
+        for convention in ("paper", "full")
+    )
+    expected = [paper[0], paper[1], paper[0] / paper[1], paper[2], paper[0] / paper[2]]
+    expected += [full[0], full[2], full[0] / full[2]]
+    np.testing.assert_allclose([float(cell) for cell in row(model)], expected, atol=0.0051)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "l1"])
+@pytest.mark.parametrize("linear", ["multiply", "adder"])
+def test_ranks(similarity, linear):
+    ranks = {"none": [], "I": []}
+    for line in (RESULTS / "rank_digits.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        for identity, values in ranks.items():
+            if found["name"] == f"{similarity}-{identity}-{linear}":
+                layers = found["diversity"]["layers"]
+                values.append(np.mean([layer["softmax"]["effective_rank"] for layer in layers]))
+    assert [len(values) for values in ranks.values()] == [3, 3]
+    told = {"multiply": "multiplying", "adder": "adder"}[linear]
+    cells = row(f"{'L1' if similarity == 'l1' else 'dot'}, {told} layers")
+    np.testing.assert_allclose(
+        [float(cell) for cell in cells], [np.mean(values) for values in ranks.values()], atol=0.0051
+    )
+
+
+def test_indices_of_random_maps(capsys):
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", CLAIMS, flags=re.MULTILINE | re.DOTALL)
+    with jax.numpy_rank_promotion("allow"):
+        exec(compile(snippet, "claims.md", "exec"), {})
+    printed = [re.findall(r"\d+", line.partition("[")[2]) for line in capsys.readouterr().out.splitlines()]
+    told = [re.findall(r"\d+", cell) for start in ("dot product", "L1") for cell in row(start)]
+    # Singular values of another BLAS may move an index by one.
+    np.testing.assert_allclose(np.array(printed, int), np.array(told, int), atol=1)
+    assert len(told) == 4
+
+
+def test_pages_show_pictures_that_exist():
+    for page in RESULTS.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (RESULTS / target).exists(), f"{page.name}: {target}"
