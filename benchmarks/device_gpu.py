@@ -1,4 +1,4 @@
-"""Checks and times the CUDA kernels on a GPU: `python3 benchmarks/device_gpu.py`, under 5 minutes.
+"""Checks and times the CUDA kernels on a GPU: `python3 benchmarks/device_gpu.py`, under 7 minutes.
 
 Needs jax with CUDA and numpy; torch, where installed, is timed beside. Each section runs in a
 process of its own, so that one that crashes the GPU leaves the others alone. Results go to
@@ -26,11 +26,22 @@ import time
 import traceback
 from pathlib import Path
 
-from device_gpu_checks import ROOT, check, guarded, operators, record, sanitize
+from device_gpu_checks import (
+    ROOT,
+    attention_operands,
+    attention_run,
+    check,
+    check_attention,
+    guarded,
+    operators,
+    record,
+    sanitize,
+)
 
 TWO, THREE = 16_700e9, 11_130e9  # elements/s at two and three instructions each
 SETS = 3  # of operands, in rotation
 DENSE = [(50432, 384, 1536), (50432, 1536, 384), (50432, 192, 192), (1024, 192, 768)]  # M, K, N
+WHOLE_ATTENTION = [(64, 197, 6, 64), (256, 65, 3, 64), (8, 1025, 6, 64)]  # batch, tokens, heads, depth
 ATTENTION = [(768, 197, 64, 197), (1024, 65, 64, 65)]  # batch, M, K, N
 
 
@@ -158,6 +169,24 @@ def time_xla():
             guarded(f"{what} {lengths}", measure, what, lengths, function, limit, 1, 0.3)
 
 
+def time_whole_attention():
+    """adder_attention with the fused kernels and in XLA's composed form."""
+    import jax
+    import numpy as np
+
+    random = np.random.default_rng()
+    for lengths, dtype in itertools.product(WHOLE_ATTENTION, ("float32", "bfloat16")):
+        sets = [attention_operands(random, lengths, dtype) for _ in range(SETS)]
+        batch, tokens, heads, depth = lengths
+        for backward, implementation in itertools.product((False, True), ("gpu", "xla")):
+            run = jax.jit(attention_run(implementation, backward=backward))
+            passes = "forward and backward" if backward else "forward"
+            what = f"attention {passes}, {implementation}, {dtype}"
+            times = guarded(f"{what} {lengths}", median_time, run, sets, 0.3)
+            if times:
+                report(what, lengths, batch * heads * tokens**2 * depth, times, None)
+
+
 def time_torch():
     import torch
 
@@ -220,8 +249,10 @@ SECTIONS = {  # name: (function, seconds it may take, whether it runs unasked)
     "check-forward": (functools.partial(check, "forward"), 70, True),
     "check-gradient_x": (functools.partial(check, "gradient_x"), 70, True),
     "check-gradient_y": (functools.partial(check, "gradient_y"), 70, True),
+    "check-attention": (check_attention, 70, True),
     "time-dense": (functools.partial(time_kernels, DENSE), 90, True),
     "time-attention": (functools.partial(time_kernels, ATTENTION), 60, True),
+    "time-whole-attention": (time_whole_attention, 90, True),
     "time-variants": (time_variants, 60, True),
     "time-xla": (time_xla, 60, True),
     "time-torch": (time_torch, 40, True),

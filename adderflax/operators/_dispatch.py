@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from adderflax.operators import _gpu, _reference, _tpu, _xla
+from adderflax.operators import _gpu, _gpu_attention, _reference, _tpu, _tpu_attention, _xla
 from adderflax.operators.rules import Rule
 
 LOG_VARIABLE = "ADDERFLAX_LOG_IMPLEMENTATION"
@@ -71,8 +71,18 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "reference": Implementation(_reference.forward, _reference.gradient_x),
     "xla": Implementation(_xla.forward, _xla.gradient_x, _xla.gradient_y),
-    "gpu": Implementation(_gpu.forward, _gpu.gradient_x, _gpu.gradient_y, _gpu.PLATFORMS, _gpu.refuses),
-    "tpu": Implementation(_tpu.forward, _tpu.gradient_x, _tpu.gradient_y, _tpu.PLATFORMS, _tpu.refuses),
+    "gpu": Implementation(
+        _gpu.forward,
+        _gpu.gradient_x,
+        _gpu.gradient_y,
+        _gpu.PLATFORMS,
+        _gpu.refuses,
+        FusedAttention(_gpu_attention.forward, _gpu_attention.backward, _gpu_attention.refuses),
+    ),
+    "tpu": Implementation(
+        *(_tpu.forward, _tpu.gradient_x, _tpu.gradient_y, _tpu.PLATFORMS, _tpu.refuses),
+        FusedAttention(_tpu_attention.forward, _tpu_attention.backward, _tpu_attention.refuses),
+    ),
 }
 # What implementation=None tries for each lowering platform before the fallback. "tpu" has never run
 # on a TPU: interpret mode checked its numbers, the TPU's compiler its programs and their schedules.
@@ -188,7 +198,13 @@ def dispatch_attention(method: str, operands, plan, composed: Callable):
     special = {platform: runner(name) for platform, name in _PREFERRED.items() if runner(name)}
     if not special:
         return fallback(*arrays, *rest)
-    return lax.platform_dependent(*arrays, *rest, **special, default=fallback)
+
+    def in_float32(run):
+        # Gradients may come in any float dtype, but in the same one from every platform's branch.
+        return lambda *operands: jax.tree.map(lambda array: array.astype(jnp.float32), run(*operands))
+
+    branches = {platform: in_float32(run) for platform, run in special.items()}
+    return lax.platform_dependent(*arrays, *rest, **branches, default=in_float32(fallback))
 
 
 def _method(implementation: Implementation, method: str) -> Callable:

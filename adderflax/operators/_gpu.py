@@ -158,9 +158,9 @@ def _lower(ctx, *operands, method, rule, partitioned):
     context = ctx.module_context
     if context.lowering_parameters.for_export:
         return _lower_plain(ctx, *operands, method=method, rule=rule)
-    if partitioned or _is_local(context.axis_context):
+    if partitioned or is_local(context.axis_context):
         return _lower_kernel(ctx, *operands, method=method, rule=rule)
-    mesh = _named_mesh(context.axis_context)
+    mesh = named_mesh(context.axis_context)
     if mesh is None:
         _logger.warning(
             "adder_matmul %s: in a program that XLA partitions, the 'xla' form runs instead of the "
@@ -179,7 +179,7 @@ mlir.register_lowering(_adder_p, _lower_elsewhere)
 mlir.register_lowering(_adder_p, _lower, platform="cuda")
 
 
-def _is_local(axis_context) -> bool:
+def is_local(axis_context) -> bool:
     """Whether a program sees only one device's share: a single device, or inside of shard_map."""
     if isinstance(axis_context, mlir.SPMDAxisContext):
         automatic = set(axis_context.mesh.axis_names) - set(axis_context.manual_axes)
@@ -187,7 +187,7 @@ def _is_local(axis_context) -> bool:
     return axis_context.num_devices == 1
 
 
-def _named_mesh(axis_context):
+def named_mesh(axis_context):
     """The mesh of jax.set_mesh, if XLA partitions the whole program over it, or None."""
     if isinstance(axis_context, mlir.SPMDAxisContext):
         return None
@@ -258,26 +258,38 @@ def launch(problem: kernels.Problem, tile: kernels.Tile, x, y, *g) -> jax.Array:
     by_role = {"forward": (x, y), "gradient_x": (*g, y, x), "gradient_y": (x, *g, y)}[problem.method]
     shape = _result_shape(problem.method, x, y)
     parts = shape if tile.splits == 1 else (tile.splits, *shape)
-    ptx = kernels.compile_ptx(kernels.source(problem, tile))
+    result = jax.ShapeDtypeStruct(parts, jnp.float32)
+    (result,) = run_cuda(kernels.source(problem, tile), tile.blocks(problem), tile.threads, by_role, [result])
+    return result if tile.splits == 1 else jnp.sum(result, axis=0)
+
+
+def run_cuda(source: str, blocks: int, threads: int, operands, results) -> list[jax.Array]:
+    """A call of the kernel in a CUDA source, on the operands and then the results.
+
+    Args:
+        blocks, threads: of the grid and of a block, both with one axis.
+        results: their shapes and dtypes.
+    """
+    ptx = kernels.compile_ptx(source)
     quoted = ptx.replace("\\", "\\5C").replace('"', "\\22").replace("\n", "\\0A").replace("\t", "\\09")
+    indices = range(len(operands), len(operands) + len(results))
     config = {
         "name": f'"{kernels.KERNEL_NAME}"',
         "kernel_type": '"ptx"',
         "kernel_data": f'"{quoted}"',
-        "grid_x": f"{tile.blocks(problem)} : i32",
+        "grid_x": f"{blocks} : i32",
         "grid_y": "1 : i32",
         "grid_z": "1 : i32",
-        "block_x": f"{tile.threads} : i32",
+        "block_x": f"{threads} : i32",
         "block_y": "1 : i32",
         "block_z": "1 : i32",
         "shared_mem_bytes": "0 : i32",
-        "output_indices": f"[{len(by_role)} : i32]",
+        "output_indices": f"[{', '.join(f'{index} : i32' for index in indices)}]",
     }
     call = jax.ffi.ffi_call(
         _TARGET,
-        jax.ShapeDtypeStruct(parts, jnp.float32),
+        results,
         custom_call_api_version=1,
         legacy_backend_config="{" + ", ".join(f"{key} = {value}" for key, value in config.items()) + "}",
     )
-    result = call(*by_role)
-    return result if tile.splits == 1 else jnp.sum(result, axis=0)
+    return call(*operands)

@@ -20,22 +20,6 @@
 // the sum of the magnitudes. Where |slope H| is large, u = slope/2 (other - H) is rounded after
 // the subtraction instead, for one instruction more.
 
-#ifndef GPU_EMULATION
-#define UNROLL _Pragma("unroll")
-
-__device__ __forceinline__ float half_bits_to_float(unsigned short bits) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
-
-// The compiler takes an assignment of four floats apart.
-__device__ __forceinline__ void store_four(float* to, float a, float b, float c, float d) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
-               ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-#endif
-
 constexpr int THREADS = (THREADS_DOWN * THREADS_ACROSS + 31) / 32 * 32;
 constexpr int TILE_ROWS = THREADS_DOWN * MICRO_ROWS;
 constexpr int TILE_COLUMNS = THREADS_ACROSS * MICRO_COLUMNS;
@@ -47,20 +31,6 @@ constexpr int WIDTH = COLUMNS_AS_VECTORS ? 4 : 1;  // of accesses to H and the r
 constexpr int CHUNKS_PER_CORRECTION = 128 / DEPTH;
 // Above it, rounding 1/2 - slope/2 H would cost more than 2^-21 of a weight.
 constexpr float LARGEST_FAST = 4.0f;
-
-struct bfloat16 { unsigned short bits; };
-struct float16 { unsigned short bits; };
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(bfloat16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
-__device__ __forceinline__ float to_float(float16 value) { return half_bits_to_float(value.bits); }
-
-template <typename T, int WIDTH>
-struct alignas(sizeof(T) * WIDTH) Vector {
-  T at[WIDTH];
-};
 
 // The largest power of two up to both limits.
 __device__ constexpr int power_of_two(int limit, int other_limit) {

@@ -22,7 +22,7 @@ KERNEL_NAME = "adder_kernel"
 _JAX_VERSIONS = ((0, 10, 2), (0, 12))
 ARCHITECTURE = 75  # Turing, the oldest that CUDA 13 compiles for; the driver adapts PTX to newer ones
 PTX_VERSION = "6.3"  # of that architecture
-_CPP_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
+CPP_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
 _OPERATIONS = {"forward": 0, "hardtanh": 1, "sign": 2}
 
 # What the model of a kernel's time assumes: an H200, and registers as ptxas hands them out.
@@ -191,15 +191,22 @@ def _round_up(value: int, step: int) -> int:
 
 
 @functools.cache
-def _cuda_source() -> str:
-    return Path(__file__).with_name("_gpu_kernels.cu").read_text()
+def with_constants(name: str, **constants: object) -> str:
+    """A CUDA source of this folder, with its constants and what all sources share before it."""
+    defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
+    common, text = (Path(__file__).with_name(file).read_text() for file in ("_gpu_common.cu", name))
+    return defines + common + text
+
+
+def half_slope(rule: Rule | None) -> str:
+    """The factor of a difference whose clip, or sign, is twice a saturation, less one."""
+    # Any difference that is not subnormal saturates after this factor: its sign remains.
+    return f"{2.0**127 if rule is None or rule.kind == 'sign' else rule.slope / 2:.9e}f"
 
 
 def source(problem: Problem, tile: Tile) -> str:
     """The CUDA C++ of a problem: constants, then the text that all problems share."""
     rule = problem.rule
-    # Any difference that is not subnormal saturates after this factor: its sign remains.
-    half_slope = 2.0**127 if rule is None or rule.kind == "sign" else rule.slope / 2
     constants = {
         "OPERATION": _OPERATIONS[rule.kind if rule else "forward"],
         "WEIGHT_IS_A": int(problem.method == "gradient_x"),
@@ -217,11 +224,11 @@ def source(problem: Problem, tile: Tile) -> str:
         "BLOCKS_PER_SM": tile.blocks_per_sm,
         "A_TERMS_CONTIGUOUS": str(problem.a_terms_contiguous).lower(),
         "B_TERMS_CONTIGUOUS": str(problem.b_terms_contiguous).lower(),
-        "HALF_SLOPE": f"{half_slope:.9e}f",
+        "HALF_SLOPE": half_slope(rule),
     }
     for letter, dtype in zip("ABH", problem.dtypes):
-        constants[f"{letter}_TYPE"] = _CPP_TYPES[dtype]
-    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _cuda_source()
+        constants[f"{letter}_TYPE"] = CPP_TYPES[dtype]
+    return with_constants("_gpu_kernels.cu", **constants)
 
 
 @functools.cache
@@ -304,6 +311,8 @@ def compile_ptx(cuda_source: str) -> str:
 def with_oldest_version(ptx: str) -> str:
     """PTX that says it is of the version its instructions need, not of the compiler's.
 
-    A driver rejects PTX of a newer version than its own, and NVRTC's wheels are often newer.
+    A driver rejects PTX of a newer version than its own, and NVRTC's wheels are often newer. Their
+    hint that a vector is loaded of which not every element is used is newer as well.
     """
+    ptx = re.sub(r'(?m)^\s*\.pragma "used_bytes_mask[^"]*";\n', "", ptx)
     return re.sub(r"(?m)^\.version .*$", f".version {PTX_VERSION}", ptx, count=1)

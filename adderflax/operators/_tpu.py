@@ -12,8 +12,6 @@ were cut otherwise, by output features for example, XLA moves them. Its own form
 kernels' place elsewhere.
 """
 
-import functools
-import logging
 import math
 
 import jax
@@ -24,6 +22,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _tpu_batch, _tpu_blocks, _tpu_matrix, _xla
+from adderflax.operators._tpu_common import is_local, lower_function, named_mesh, warn_of_plain_form
 from adderflax.operators.rules import Rule
 
 PLATFORMS = ("tpu",)
@@ -31,7 +30,6 @@ PLATFORMS = ("tpu",)
 # unit. XLA's own loop takes 1.5 on large shapes, and on those that fill registers badly it is
 # slower too: 2 at 197 tokens, 3.7 for 12 heads of 65 tokens, 5.7 for one row.
 _MOST_CYCLES = 3.0
-_logger = logging.getLogger("adderflax.operators")
 
 _adder_p = Primitive("adder_tpu")
 
@@ -172,11 +170,11 @@ batching.primitive_batchers[_adder_p] = _batched
 
 def _lower_elsewhere(ctx, *operands, method, rule, interpret):
     if interpret:
-        return _lower_function(ctx, _run_kernel, method, rule, True, *operands)
+        return lower_function(ctx, _run_kernel, method, rule, True, *operands)
     if len(ctx.module_context.platforms) > 1:
         # A program for several platforms holds every branch for every platform, though the
         # others never run this one.
-        return _lower_function(ctx, _run_plain, method, rule, *operands)
+        return lower_function(ctx, _run_plain, method, rule, *operands)
     raise NotImplementedError(
         f"implementation: 'tpu' runs on TPUs, but this program is being lowered for "
         f"{', '.join(ctx.module_context.platforms)}. implementation=None chooses by platform."
@@ -185,46 +183,18 @@ def _lower_elsewhere(ctx, *operands, method, rule, interpret):
 
 def _lower(ctx, *operands, method, rule, interpret):
     axis_context = ctx.module_context.axis_context
-    if interpret or _is_local(axis_context):
-        return _lower_function(ctx, _run_kernel, method, rule, interpret, *operands)
+    if interpret or is_local(axis_context):
+        return lower_function(ctx, _run_kernel, method, rule, interpret, *operands)
     x, y = ctx.avals_in[:2]
-    mesh = _named_mesh(axis_context)
+    mesh = named_mesh(axis_context)
     if mesh is not None and x.shape[0] % mesh.size == 0:
-        return _lower_function(ctx, _run_split, mesh, method, rule, *operands)
-    _logger.warning(
-        "adder_matmul %s of %s and %s: XLA's own loop, at about half the speed, takes the place of "
-        "the TPU kernel, which the compiler cannot partition. Name the mesh with jax.set_mesh, and let "
-        "its size divide the batch, or use shard_map over all of its axes.",
-        *(method, x.shape, y.shape),
-    )
-    return _lower_function(ctx, _run_plain, method, rule, *operands)
+        return lower_function(ctx, _run_split, mesh, method, rule, *operands)
+    warn_of_plain_form(f"adder_matmul {method}", x, y)
+    return lower_function(ctx, _run_plain, method, rule, *operands)
 
 
 mlir.register_lowering(_adder_p, _lower_elsewhere)
 mlir.register_lowering(_adder_p, _lower, platform="tpu")
-
-
-def _lower_function(ctx, function, *arguments):
-    """Lowers function(*static, *operands); the operands are ctx's."""
-    static = arguments[: len(arguments) - len(ctx.avals_in)]
-    run = functools.partial(function, *static)
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *arguments[len(static) :])
-
-
-def _is_local(axis_context) -> bool:
-    """Whether a program sees only one device's share: a single device, or inside of shard_map."""
-    if isinstance(axis_context, mlir.SPMDAxisContext):
-        automatic = set(axis_context.mesh.axis_names) - set(axis_context.manual_axes)
-        return all(axis_context.mesh.shape[name] == 1 for name in automatic)
-    return getattr(axis_context, "num_devices", 1) == 1
-
-
-def _named_mesh(axis_context):
-    """The mesh of jax.set_mesh, if XLA partitions the whole program over it, or None."""
-    if isinstance(axis_context, mlir.SPMDAxisContext):
-        return None
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh.size == axis_context.num_devices else None
 
 
 def _run_plain(method: str, rule: Rule | None, *operands: jax.Array) -> jax.Array:

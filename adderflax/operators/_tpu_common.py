@@ -1,5 +1,7 @@
-"""What the Pallas kernels for TPUs share."""
+"""What the Pallas kernels for TPUs share, and how they enter programs."""
 
+import functools
+import logging
 import math
 
 import jax
@@ -7,8 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import mlir
 
 from adderflax.operators.rules import Rule
+
+_logger = logging.getLogger("adderflax.operators")
 
 LANES, SUBLANES = 128, 8  # of a vector register: 1024 numbers of 32 bits
 
@@ -66,4 +71,37 @@ def cost_estimate(terms: int, gradient: bool, shape, *operands: jax.Array) -> pl
         flops=terms * (4 if gradient else 3),
         transcendentals=0,
         bytes_accessed=loaded + 4 * math.prod(shape),
+    )
+
+
+def lower_function(ctx, function, *arguments, multiple_results: bool = False):
+    """Lowers function(*static, *operands); the operands are ctx's."""
+    static = arguments[: len(arguments) - len(ctx.avals_in)]
+    run = functools.partial(function, *static)
+    return mlir.lower_fun(run, multiple_results=multiple_results)(ctx, *arguments[len(static) :])
+
+
+def is_local(axis_context) -> bool:
+    """Whether a program sees only one device's share: a single device, or inside of shard_map."""
+    if isinstance(axis_context, mlir.SPMDAxisContext):
+        automatic = set(axis_context.mesh.axis_names) - set(axis_context.manual_axes)
+        return all(axis_context.mesh.shape[name] == 1 for name in automatic)
+    return getattr(axis_context, "num_devices", 1) == 1
+
+
+def named_mesh(axis_context):
+    """The mesh of jax.set_mesh, if XLA partitions the whole program over it, or None."""
+    if isinstance(axis_context, mlir.SPMDAxisContext):
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.size == axis_context.num_devices else None
+
+
+def warn_of_plain_form(what: str, x, y) -> None:
+    """Says that XLA's own form is used, and what would let the kernels be used."""
+    _logger.warning(
+        "%s of %s and %s: XLA's own loop, at about half the speed, takes the place of the TPU kernel, "
+        "which the compiler cannot partition. Name the mesh with jax.set_mesh, and let its size divide "
+        "the batch, or use shard_map over all of its axes.",
+        *(what, x.shape, y.shape),
     )

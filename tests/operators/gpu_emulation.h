@@ -43,6 +43,7 @@ struct Fiber {
 
 inline std::vector<Fiber> fibers;
 inline std::vector<int> votes;
+inline std::vector<float> exchanged;
 inline ucontext_t scheduler;
 inline unsigned current;
 inline std::function<void()> body;
@@ -77,6 +78,18 @@ inline bool __all_sync(unsigned, bool vote) {
   return all;
 }
 
+// Likewise.
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  const unsigned self = threadIdx.x;
+  emulation::exchanged[self] = value;
+  __syncthreads();
+  const float other = emulation::exchanged[self ^ mask];
+  __syncthreads();
+  return other;
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -106,6 +119,7 @@ inline void launch(unsigned blocks, unsigned threads, void* shared, size_t share
   body = kernel;
   fibers.resize(threads);
   votes.resize(threads);
+  exchanged.resize(threads);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     std::memset(shared, 0xff, shared_bytes);  // NaN
     for (Fiber& fiber : fibers) {

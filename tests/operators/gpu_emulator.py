@@ -45,7 +45,28 @@ def emulate(folder: Path, calls, edit=lambda text: text) -> list[np.ndarray]:
         _unit(i, problem, tile, edit(kernels.source(problem, tile)))
         for i, (problem, tile, _) in enumerate(calls)
     ]
-    runs = "\n".join(f"  problem_{i}::run(input, output);" for i in range(len(calls)))
+    output = run_units(folder, units, [array for _, _, operands in calls for array in operands])
+    results = []
+    for problem, tile, _ in calls:
+        shape = (tile.splits, problem.batch, problem.rows, problem.columns)
+        taken, output = np.split(output, [np.prod(shape)])
+        results.append(taken.reshape(shape).sum(0))
+    return results
+
+
+def run_units(folder: Path, units: list[str], arrays: list[np.ndarray]) -> np.ndarray:
+    """Compiles and runs C++ that defines problem_0::run, problem_1::run, ...
+
+    Args:
+        arrays: what they read, in order.
+
+    Returns:
+        What they write, in order.
+
+    Raises:
+        EmulationError: a kernel left its arrays or its threads their barriers.
+    """
+    runs = "\n".join(f"  problem_{i}::run(input, output);" for i in range(len(units)))
     main = (
         'int main(int, char** names) {\n  std::FILE* input = std::fopen(names[1], "rb");\n'
         f'  std::FILE* output = std::fopen(names[2], "wb");\n{runs}\n  std::fclose(output);\n}}\n'
@@ -55,18 +76,11 @@ def emulate(folder: Path, calls, edit=lambda text: text) -> list[np.ndarray]:
     command = ["g++", *_FLAGS, *_SANITIZERS, f"-I{HEADER.parent}", str(source), "-o", str(program)]
     subprocess.run(command, check=True)
 
-    arrays = [np.ascontiguousarray(array) for _, _, operands in calls for array in operands]
     (folder / "input").write_bytes(b"".join(array.tobytes() for array in arrays))
     ran = subprocess.run([program, folder / "input", folder / "output"], capture_output=True, text=True)
     if ran.returncode != 0:
         raise EmulationError(ran.stderr[-3000:])
-    output = np.fromfile(folder / "output", np.float32)
-    results = []
-    for problem, tile, _ in calls:
-        shape = (tile.splits, problem.batch, problem.rows, problem.columns)
-        taken, output = np.split(output, [np.prod(shape)])
-        results.append(taken.reshape(shape).sum(0))
-    return results
+    return np.fromfile(folder / "output", np.float32)
 
 
 def _unit(index: int, problem: kernels.Problem, tile: kernels.Tile, text: str) -> str:

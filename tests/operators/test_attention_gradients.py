@@ -249,3 +249,19 @@ def test_a_fused_kernel_runs_where_it_takes_the_operands(monkeypatch):
         assert list(dict.fromkeys(seen)) == calls, options
         for a, e in zip(actual, expected):
             np.testing.assert_allclose(a, e, atol=1e-6)
+
+
+def test_half_precision_gradients_with_a_branch_for_another_platform():
+    """From 129 keys on a fused TPU kernel is one branch of the program, whose dtypes must be the other's."""
+    operands = jax.random.normal(jax.random.key(0), (3, 1, 130, 1, 8)).astype(jnp.bfloat16)
+
+    def total(query, key, value):
+        return jnp.sum(adder_attention(query, key, value).astype(jnp.float32))
+
+    default = jax.grad(total, argnums=(0, 1, 2))(*operands)
+    named = jax.grad(
+        lambda *arrays: jnp.sum(adder_attention(*arrays, implementation="xla").astype(jnp.float32)), (0, 1, 2)
+    )(*operands)
+    for got, expected in zip(default, named):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got.astype(jnp.float32), expected.astype(jnp.float32))

@@ -139,6 +139,22 @@ def _train_step(devices):
         return step.lower(abstract_state(model, optimizer, with_ema=False, mesh=mesh), batch)
 
 
+def _attention(batch, tokens, heads, depth, devices, implementation="tpu"):
+    import jax
+
+    from adderflax.operators import adder_attention
+
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+    operands = [jax.ShapeDtypeStruct((batch, tokens, heads, depth), "float32", sharding=place)] * 4
+
+    def run(query, key, value, g):
+        attend = functools.partial(adder_attention, implementation=implementation)
+        out, vjp = jax.vjp(attend, query, key, value)
+        return out, *vjp(g)
+
+    return jax.jit(run).lower(*operands)
+
+
 PROGRAMS = {
     "dense": functools.partial(_single, (512, 128), (128, 256), "float32"),
     "ragged": functools.partial(_single, (509, 150), (150, 67), "bfloat16"),
@@ -149,6 +165,9 @@ PROGRAMS = {
     "explicit sharding": functools.partial(_partitioned, ("data",), (4,), "Explicit", ()),
     "columns cut too": functools.partial(_partitioned, ("data", "model"), (2, 2), "Auto", (None, "model")),
     "train step": _train_step,
+    "attention 197": functools.partial(_attention, 8, 197, 6, 64),
+    "attention 1025": functools.partial(_attention, 2, 1025, 3, 64),
+    "composed attention 65": functools.partial(_attention, 32, 65, 3, 64, implementation="xla"),
 }
 
 
@@ -157,6 +176,12 @@ def _contents(program: str) -> dict[str, int]:
     kernels = re.findall(r"%(adder_[a-z_]+)[.\d]* = [^\n]*custom_call_target=\"tpu_custom_call\"", program)
     collectives = re.findall(r" = [^\n]*? (all-reduce|all-gather|all-to-all)(?:-start)?\(", program)
     return dict(collections.Counter(kernels + collectives))
+
+
+def has_map(program: str, tokens: int) -> bool:
+    """Whether an array has tokens x tokens or more in its last dimensions, filled up or not."""
+    shapes = re.findall(r"\b(?:f32|bf16)\[(?:\d+,)*(\d+),(\d+)\]", program)
+    return any(min(map(int, shape)) >= tokens for shape in shapes)
 
 
 # ---- the compiler's schedule of a kernel ----
@@ -237,7 +262,13 @@ def _compile(topology: str, *arguments: str) -> dict:
     if arguments[0] == "--schedule":
         method, *lengths = arguments[1].split(",")
         return schedule(devices, method, *map(int, lengths))
-    return {name: _contents(PROGRAMS[name](devices).compile().as_text()) for name in arguments}
+    found = {}
+    for name in arguments:
+        program = PROGRAMS[name](devices).compile().as_text()
+        found[name] = _contents(program)
+        if "attention" in name:
+            found[name]["map"] = has_map(program, int(name.rsplit(" ")[-1]))
+    return found
 
 
 def main(arguments: list[str]) -> None:
