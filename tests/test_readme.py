@@ -26,6 +26,7 @@ def test_snippet_runs(code):
         "dx": {(8, 65, 192)},
         "out": {(8, 65, 3, 64)},
         "weights": {(8, 3, 65, 65)},
+        "features": {(8, 16, 16, 32)},
         "logits": {(4, 10), (2, 10)},
         "maps": {(2, 3, 65, 65)},
     }
@@ -41,7 +42,17 @@ def test_the_test_command_is_the_one_ci_runs():
 
 
 def test_commands_name_files_and_flags_that_exist():
-    flags = {"config", "workdir", "eval_only", "extend"}
+    flags = {
+        "config",
+        "workdir",
+        "eval_only",
+        "extend",
+        "distributed",
+        "coordinator_address",
+        "num_processes",
+        "process_id",
+        "profile_steps",
+    }
     for line in "".join(blocks("bash")).splitlines():
         words = shlex.split(line, comments=True)
         for config in (word for word in words if word.startswith("configs/")):
