@@ -88,7 +88,7 @@ def test_without_the_compiler_it_is_skipped_with_a_reason(tmp_path, monkeypatch,
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, arguments, message):
-    if "no_such" not in message and pods.missing_compiler():
+    if pods.missing_compiler():
         pytest.skip("libtpu is not installed")
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         command.main([f"--output={tmp_path / 'pods.md'}", *arguments])

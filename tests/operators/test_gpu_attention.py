@@ -27,15 +27,13 @@ MUTATED = {kind: (1, 90, 100, 20, 18, "float32", (HARDTANH, HARDTANH), kind) for
 #  and key, kind of data). Between them every length, depth, rule and dtype, in tiles of both sizes.
 EMULATED = [
     (1, 1, 1, 1, 1, "float32", (HARDTANH, HARDTANH), "normal"),
-    (2, 17, 17, 16, 16, "float32", (HARDTANH, SIGN), "normal"),
     (1, 65, 65, 64, 64, "float32", (HARDTANH, HARDTANH), "normal"),
     (1, 197, 65, 16, 33, "float32", (SIGN, HARDTANH), "normal"),
     (1, 65, 197, 33, 16, "bfloat16", (HARDTANH, SLOPE), "normal"),
     (1, 17, 65, 128, 1, "float32", (HARDTANH, HARDTANH), "small"),
     (2, 1, 197, 16, 128, "float16", (SLOPE, HARDTANH), "normal"),
-    (1, 197, 1, 1, 64, "float32", (HARDTANH, HARDTANH), "normal"),
-    (1, 65, 17, 64, 33, "float32", (HARDTANH, SIGN), "large"),
-    (1, 33, 50, 33, 64, "bfloat16", (SIGN, SIGN), "large"),
+    (1, 197, 1, 1, 64, "float32", (SIGN, HARDTANH), "large"),
+    (1, 65, 17, 64, 33, "bfloat16", (HARDTANH, SIGN), "large"),
     (1, 17, 130, 128, 128, "float32", (SIGN, SLOPE), "offset"),
     *MUTATED.values(),
 ]
@@ -202,8 +200,7 @@ def test_emulated_kernels_are_within_the_bound(emulated, index):
     check_case(EMULATED[index], emulated[index])
 
 
-# (kernel, text, its replacement). Each must be seen: by the order of the threads, by the
-# sanitizers, or by the numbers.
+# (kernel, text, its replacement): seen by the order of threads, the sanitizers or the numbers.
 MUTATIONS = {
     "a barrier less": ("query", "__syncthreads();  // everyone has read the last chunk", ""),
     "a line too many": ("query", "first_line + line < LINES", "first_line + line <= LINES"),
@@ -211,7 +208,6 @@ MUTATIONS = {
     "a row too many": ("key", "first_row + row < ROWS", "first_row + row <= ROWS"),
     "keys beyond the end": ("forward", "inside ? expf(map[i][j] - top)", "true ? expf(map[i][j] - top)"),
     "not rescaled": ("forward", "product.at[i][j] *= shrink", "product.at[i][j] *= 1.0f"),
-    "another query": ("key", "deltas, inside ? column :", "deltas, inside ? column / 2 :"),
     "no correction": ("key", "-= 0.5f * total[i]", "-= 0.4f * total[i]"),
     "the other side": ("query", "factor - held[i][j + k]", "held[i][j + k] - factor"),
 }  # fmt: skip
@@ -241,7 +237,6 @@ def test_mutated_kernels_are_caught(name, tmp_path):
             reference.assert_within(actual, *expected[name], name)
 
 
-# Batch x heads, tokens, depth.
 VIT = {
     "65 tokens": (768, 65, 64),
     "1025 tokens": (48, 1025, 64),
@@ -347,7 +342,6 @@ def test_attention_runs_the_kernels(on_cpu):
     assert on_cpu == KERNELS
     nested = jax.jit(jax.vmap(jax.vmap(on_gpu)))(*(array[:, None] for array in arrays))
     assert_same([array[:, 0] for array in nested], expected)
-    # One key for all.
     shared = jax.jit(jax.vmap(on_gpu, in_axes=(0, None, 0, 0)))(arrays[0], arrays[1][0], *arrays[2:])
     repeated = product_and_gradients(arrays[0], jnp.stack([arrays[1][0]] * 2), *arrays[2:])
     assert_same(shared, repeated)

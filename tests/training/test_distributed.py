@@ -66,6 +66,7 @@ def finish(processes):
     return [out for out, _ in outputs]
 
 
+@pytest.mark.slow  # over a minute of both cores
 def test_two_processes_train_die_resume_and_agree_with_one(tmp_path, capsys):
     two, one = tmp_path / "two", tmp_path / "one"
     processes = start_two(two)
