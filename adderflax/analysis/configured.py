@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from adderflax.analysis.ledger import Ledger, count_operations
 from adderflax.data import DataConfig, DatasetInfo
-from adderflax.models import VisionTransformer, VisionTransformerConfig
+from adderflax.models.families import ModelConfig, build_model
 from adderflax.training.config import ConfigError, RunConfig
 
 # (image size, channels, classes). Sets whose images vary in size are trained at 224.
@@ -20,6 +20,17 @@ KNOWN_SETS = {
     "cifar100": (32, 3, 100),
     "mnist": (28, 1, 10),
     "digits": (8, 1, 10),
+}
+# What a model multiplies with, wherever it has such a field.
+_MULTIPLYING = {
+    "linear": "multiply",
+    "output_projection": "multiply",
+    "similarity": "dot",
+    "aggregation": "dot",
+    "patch_embedding": "multiply",
+    "head": "multiply",
+    "convolution": "multiply",
+    "shortcut": "multiply",
 }
 
 
@@ -57,7 +68,7 @@ def image_set(data: DataConfig) -> DatasetInfo:
     )
 
 
-def configured_model(config: ConfigDict) -> VisionTransformerConfig:
+def configured_model(config: ConfigDict) -> ModelConfig:
     """The model that a run of the configuration trains.
 
     Raises:
@@ -67,23 +78,17 @@ def configured_model(config: ConfigDict) -> VisionTransformerConfig:
     return run.model_config(image_set(run.data))
 
 
-def multiplying_twin(model: VisionTransformerConfig) -> VisionTransformerConfig:
+def multiplying_twin(model: ModelConfig) -> ModelConfig:
     """The same model with multiplications everywhere and all else equal."""
-    return dataclasses.replace(
-        model,
-        linear="multiply",
-        output_projection="multiply",
-        similarity="dot",
-        aggregation="dot",
-        patch_embedding="multiply",
-        head="multiply",
-    )
+    names = {field.name for field in dataclasses.fields(model)}
+    multiplying = {name: value for name, value in _MULTIPLYING.items() if name in names}
+    return dataclasses.replace(model, **multiplying)
 
 
 @functools.lru_cache(maxsize=16)
-def inference_ledger(model: VisionTransformerConfig) -> Ledger:
+def inference_ledger(model: ModelConfig) -> Ledger:
     """The operations of classifying one image, from shapes alone."""
-    module = VisionTransformer(model)
+    module = build_model(model)
     shape = (1, model.image_size, model.image_size, model.channels)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     # The key, too, is a shape only: no device is needed to count.

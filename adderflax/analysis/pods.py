@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from adderflax import data as data_lib
 from adderflax.analysis.configured import image_set
-from adderflax.models import VisionTransformer
+from adderflax.models.families import build_model
 from adderflax.training import sharding
 from adderflax.training.config import ConfigError, RunConfig
 from adderflax.training.optimizer import make_optimizer
@@ -101,7 +101,7 @@ def compile_update(config: ConfigDict, pod_name: str, known: list[dict[str, Any]
     pod = (PODS | SMALLEST)[pod_name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=pod.topology).devices
     run = RunConfig.parse(config)
-    model = VisionTransformer(run.model_config(image_set(run.data)))
+    model = build_model(run.model_config(image_set(run.data)))
     try:
         mesh = sharding.make_mesh(devices, run.mesh)
         sharding.require_divisible(run.batch_size, mesh, run.accumulation_steps)

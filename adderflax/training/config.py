@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
-from adderflax.models import VisionTransformerConfig
+from adderflax.models.families import MODULES, ModelConfig, config_class
 from adderflax.training.optimizer import OptimizerConfig
 from adderflax.training.sharding import MeshConfig
 
@@ -40,16 +40,17 @@ def default_config(arithmetic: str = "adder") -> ConfigDict:
       A ConfigDict with the sections `data` (`adderflax.data.DataConfig`), `augment`
       (`adderflax.data.AugmentConfig`), `optimizer` (`adderflax.training.optimizer.OptimizerConfig`), `mesh`
       (`adderflax.training.sharding.MeshConfig`), `model` (`variant`, `arithmetic`, and every field of
-      `adderflax.models.VisionTransformerConfig` that does not follow from the data; unset means: as the
-      variant and the preset say) and the fields of `RunConfig`.
+      `adderflax.VisionTransformerConfig` and `adderflax.AdderResNetConfig` that does not follow from the
+      data; unset means: as the variant and the preset say) and the fields of `RunConfig`.
     """
     config = ConfigDict(_section(RunConfig, skip=(*_SECTIONS, "model")))
     for name, section in _SECTIONS.items():
         config[name] = ConfigDict(_section(section))
     config.model = ConfigDict({"variant": "digits", "arithmetic": arithmetic})
-    for name, type_ in _field_types(VisionTransformerConfig).items():
-        if name not in _DERIVED_MODEL_FIELDS:
-            config.model[name] = config_dict.placeholder(type_)
+    for model in MODULES:
+        for name, type_ in _field_types(model).items():
+            if name not in _DERIVED_MODEL_FIELDS:
+                config.model[name] = config_dict.placeholder(type_)
     return config
 
 
@@ -67,6 +68,8 @@ class RunConfig:
       log_every: write the training figures every so many steps.
       accumulation_steps: cut each batch into so many parts and average their gradients.
       ema_decay: decay of the average of the parameters that is evaluated; 0 evaluates the parameters.
+      anneal_fraction: share of all steps over which the exponent p of the adder layers' ``-sum |x - w|^p``
+        falls linearly from 2 to 1 (Universal Adder Neural Networks, Chen et al. 2021); 0 is L1 throughout.
       skip_nonfinite_steps: how many updates of the whole run may be left out because their loss or gradient
         is not finite; one more stops it.
       keep_checkpoints: how many of the newest checkpoints are kept besides the best.
@@ -74,7 +77,7 @@ class RunConfig:
       augment: training augmentation.
       optimizer: optimizer and schedule.
       mesh: how the devices share the work.
-      model: variant, arithmetic and changed fields, as `VisionTransformerConfig.from_variant` takes them.
+      model: variant, arithmetic and changed fields, as `from_variant` of the variant's class takes them.
     """
 
     seed: int = 0
@@ -86,6 +89,7 @@ class RunConfig:
     log_every: int = 50
     accumulation_steps: int = 1
     ema_decay: float = 0.0
+    anneal_fraction: float = 0.0
     skip_nonfinite_steps: int = 0
     keep_checkpoints: int = 2
     data: DataConfig
@@ -112,6 +116,8 @@ class RunConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {minimum}.")
         if not self.epochs > 0:
             raise ConfigError(f"epochs={self.epochs} must be greater than 0.")
+        if not 0.0 <= self.anneal_fraction <= 1.0:
+            raise ConfigError(f"anneal_fraction={self.anneal_fraction} must lie in [0, 1].")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
 
@@ -130,18 +136,18 @@ class RunConfig:
             values["model"] = _model_fields(values.get("model", {}))
             # Checks every field before any data is read; the patches of every variant divide 16 pixels.
             trial_size = {"image_size": values["model"].get("patch_size") or 16}
-            VisionTransformerConfig.from_variant(**(values["model"] | trial_size))
+            config_class(values["model"]["variant"]).from_variant(**(values["model"] | trial_size))
             return cls(**_known(cls, values, ""))
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"The configuration cannot be run: {error}") from error
 
-    def model_config(self, info: DatasetInfo) -> VisionTransformerConfig:
+    def model_config(self, info: DatasetInfo) -> ModelConfig:
         """The model's description for a data set.
 
         Raises:
-          ConfigError: the variant's patches do not tile the data set's images.
+          ConfigError: the variant does not take images of the data set's size.
         """
         derived = {
             "image_size": info.image_size,
@@ -149,7 +155,7 @@ class RunConfig:
             "num_classes": info.num_classes,
         }
         try:
-            return VisionTransformerConfig.from_variant(**(self.model | derived))
+            return config_class(self.model["variant"]).from_variant(**(self.model | derived))
         except ValueError as error:
             raise ConfigError(
                 f"model.variant={self.model['variant']!r} does not fit the data set {info.name!r}: {error}"
@@ -188,7 +194,7 @@ def _model_fields(section: dict[str, Any]) -> dict[str, Any]:
     section = {name: value for name, value in section.items() if value is not None}
     for name in ("variant", "arithmetic"):
         if name not in section:
-            raise ConfigError(f"model.{name} is not set; see `adderflax.models.VisionTransformerConfig`.")
+            raise ConfigError(f"model.{name} is not set; see `adderflax.VisionTransformerConfig`.")
     for name in [name for name in section if name.startswith("grad_")]:
         section[name] = _gradient_rule(name, section[name])
     return section

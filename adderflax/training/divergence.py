@@ -12,8 +12,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from adderflax.models import VisionTransformer
-from adderflax.training.state import Batch, TrainState, step_inputs
+from adderflax.training.state import Batch, TrainState, annealed_exponent, model_variables, step_inputs
 from adderflax.training.steplog import DivergenceError
 
 
@@ -48,12 +47,13 @@ def explain(
 
 
 def find_culprit(
-    model: VisionTransformer,
+    model: nn.Module,
     state: TrainState,
     batch: Batch,
     augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     *,
     accumulation_steps: int = 1,
+    anneal_steps: int = 0,
 ) -> str:
     """Repeats an update's forward and backward pass and looks at every layer's outputs and gradients.
 
@@ -63,13 +63,16 @@ def find_culprit(
       batch: the batch that it was computed on.
       augment: as `adderflax.training.state.make_train_step` takes it.
       accumulation_steps: parts that the batch is cut into.
+      anneal_steps: as `adderflax.training.state.make_train_step` takes it.
 
     Returns:
       A sentence that names the first layer, in the order of execution, whose output is not finite; where all
       are finite, the first one in the order of the backward pass whose gradient is not.
     """
     # Values inside of a rematerialized block cannot be looked at from outside; the computation is the same.
-    model = VisionTransformer(dataclasses.replace(model.config, remat=False))
+    if getattr(model.config, "remat", False):
+        model = type(model)(dataclasses.replace(model.config, remat=False))
+    exponent = {"p": annealed_exponent(state.step, anneal_steps)} if anneal_steps else {}
     names: list[str] = []
 
     def loss_and_flags(params, images, targets, key):
@@ -84,7 +87,10 @@ def find_culprit(
             return output
 
         with nn.intercept_methods(look):
-            logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key})
+            variables = model_variables(params, state.batch_stats)
+            logits, _ = model.apply(
+                variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **exponent
+            )
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         return loss, (flags, jnp.isfinite(loss))
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from flax import linen as nn
+
 from adderflax.data import DatasetInfo
-from adderflax.models import VisionTransformer
+from adderflax.models.families import build_model
 from adderflax.training import sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
@@ -13,9 +15,7 @@ from adderflax.training.optimizer import make_optimizer
 from adderflax.training.state import abstract_state
 
 
-def load_model(
-    workdir: str | Path, *, best: bool = False
-) -> tuple[VisionTransformer, dict[str, Any], DatasetInfo]:
+def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, dict[str, Any], DatasetInfo]:
     """Loads what a run has trained.
 
     Args:
@@ -24,14 +24,14 @@ def load_model(
 
     Returns:
       The Linen module; its variables, ready for ``model.apply(variables, images)``, which are the
-      averaged parameters where the run keeps an average; and the description of the data set.
+      averages where the run keeps any; and the description of the data set.
 
     Raises:
       WorkdirError: the directory holds no run, or no checkpoint yet.
     """
     run = RunConfig.parse(workdir_lib.read_config(workdir))
     info = workdir_lib.read_info(workdir)
-    model = VisionTransformer(run.model_config(info))
+    model = build_model(run.model_config(info))
     # The optimizer's state is part of a checkpoint; its shape does not depend on the number of steps.
     optimizer, _ = make_optimizer(run.optimizer, total_steps=1)
     target = abstract_state(model, optimizer, with_ema=run.ema_decay > 0, mesh=sharding.make_mesh())
@@ -43,4 +43,4 @@ def load_model(
                 f" train first, with train.py --workdir {workdir}."
             )
         state = checkpointer.restore_state(target, step)
-    return model, {"params": state.evaluated_params}, info
+    return model, state.evaluated_variables, info

@@ -151,11 +151,16 @@ def require_divisible(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) 
         )
 
 
-def require_tensor_fits(mesh: Mesh, num_heads: int, mlp_dim: int) -> None:
-    """Raises ValueError unless the tensor axis cuts heads and hidden features evenly."""
+def require_tensor_fits(mesh: Mesh, num_heads: int | None, mlp_dim: int | None) -> None:
+    """Raises ValueError unless the tensor axis cuts heads and hidden features, None where none, evenly."""
     size = mesh.shape["tensor"]
     for name, count in (("num_heads", num_heads), ("mlp_dim", mlp_dim)):
-        if count % size:
+        if count is None and size > 1:
+            raise ValueError(
+                f"mesh.tensor={size} cuts the heads and hidden features of a transformer, and this model has"
+                " none. Cut with mesh.fsdp, which fits any model, or with mesh.data."
+            )
+        if count is not None and count % size:
             raise ValueError(
                 f"mesh.tensor={size} does not divide the model's {name}={count}: each device computes whole"
                 " heads and an equal share of the hidden features. Choose a mesh.tensor that divides both"

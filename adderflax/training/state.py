@@ -22,23 +22,34 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: int32 [], number of updates done, those left out included.
       params: parameters, float32.
+      batch_stats: running statistics of a model with BatchNorm, else None.
       opt_state: the optimizer's state.
       ema_params: exponential moving average of `params`, or None where it is off.
+      ema_batch_stats: the same of `batch_stats`.
       key: typed PRNG key of the run; the update at step t uses ``fold_in(key, t)``.
       skipped: int32 [], updates that were left out because their loss or gradient was not finite.
     """
 
     step: jax.Array
     params: Any
+    batch_stats: Any
     opt_state: Any
     ema_params: Any
+    ema_batch_stats: Any
     key: jax.Array
     skipped: jax.Array
 
     @property
-    def evaluated_params(self) -> Any:
-        """The parameters that evaluation and prediction use: the average where there is one."""
-        return self.params if self.ema_params is None else self.ema_params
+    def evaluated_variables(self) -> dict[str, Any]:
+        """The model's variables for evaluation and prediction: the averages where there are any."""
+        if self.ema_params is None:
+            return model_variables(self.params, self.batch_stats)
+        return model_variables(self.ema_params, self.ema_batch_stats)
+
+
+def model_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
+    """What ``model.apply`` takes."""
+    return {"params": params} if batch_stats is None else {"params": params, "batch_stats": batch_stats}
 
 
 def init_state(
@@ -85,12 +96,16 @@ def _new_state(model, optimizer, seed, with_ema) -> TrainState:
     init_key, key = jax.random.split(jax.random.key(seed))
     config = model.config
     images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    params = model.init(init_key, images)["params"]
+    variables = model.init(init_key, images)
+    params, batch_stats = variables["params"], variables.get("batch_stats")
+    averages = jax.tree.map(jnp.copy, (params, batch_stats)) if with_ema else (None, None)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if with_ema else None,
+        ema_params=averages[0],
+        ema_batch_stats=averages[1],
         key=key,
         skipped=jnp.zeros((), jnp.int32),
     )
@@ -106,6 +121,11 @@ def step_inputs(
     return *augment(augment_key, batch["image"], batch["label"]), model_key
 
 
+def annealed_exponent(step: jax.Array, anneal_steps: int) -> jax.Array:
+    """The exponent p of the update that follows `step` updates: from 2 down to 1, and 1 from there on."""
+    return jnp.maximum(2.0 - step.astype(jnp.float32) / anneal_steps, 1.0)
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -114,21 +134,25 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
     skip_nonfinite_steps: int = 0,
+    anneal_steps: int = 0,
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles one update over a whole batch; the state is donated.
 
     Args:
-      model: an image classifier, called as ``model.apply(variables, images, train=True, rngs=...)``.
+      model: an image classifier, called as ``model.apply(variables, images, train=True, rngs=...)``; with
+        `anneal_steps` also with ``p=``.
       optimizer: fed the gradient of the mean loss over the whole batch.
       augment: ``(key, images uint8, labels) -> (images float32, targets [B, num_classes])``.
       ema_decay: decay of the parameters' average; 0 keeps none. It starts smaller, at
         ``(1 + t) / (10 + t)``, so that the average forgets the initialization.
       accumulation_steps: the batch is cut into this many parts whose gradients are averaged, to save
-        memory; the update is that of the whole batch.
+        memory; the update is that of the whole batch. A BatchNorm normalizes each part by itself.
       skip_nonfinite_steps: an update whose loss or gradient is not finite changes nothing but the state's
         `step` and `skipped`. After more than so many of them not even `step` changes any more: the state
         stays what it was before the last one.
+      anneal_steps: updates over which the exponent p of the adder layers' ``-sum |x - w|^p`` falls linearly
+        from 2 to 1 (Universal Adder Neural Networks, Chen et al. 2021).
       mesh: the devices.
 
     Returns:
@@ -136,16 +160,38 @@ def make_train_step(
       parameter_norm, the last one of the new parameters, and the int32 scalar skipped.
     """
 
-    def loss_and_hits(params, images, targets, key):
-        logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key})
+    def loss_and_more(params, batch_stats, exponent, images, targets, key):
+        logits, updated = model.apply(
+            model_variables(params, batch_stats),
+            images,
+            train=True,
+            rngs={"drop_path": key},
+            mutable=["batch_stats"],
+            **exponent,
+        )
         losses = optax.softmax_cross_entropy(logits, targets)
         hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
-        return jnp.mean(losses), jnp.mean(hits.astype(jnp.float32))
+        return jnp.mean(losses), (jnp.mean(hits.astype(jnp.float32)), updated.get("batch_stats"))
 
     def value_and_grad(params, *part):
-        value, gradients = jax.value_and_grad(loss_and_hits, has_aux=True)(params, *part)
+        value, gradients = jax.value_and_grad(loss_and_more, has_aux=True)(params, *part)
         # Each device keeps the part of the sum whose parameters it updates.
         return value, sharding.constrain(gradients, sharding.resting, mesh)
+
+    def whole_batch(state, exponent, images, targets, model_key):
+        params = sharding.constrain(state.params, sharding.computing, mesh)
+        one_part = partial(value_and_grad, params, state.batch_stats, exponent)
+        if accumulation_steps == 1:
+            return one_part(images, targets, model_key)
+
+        def accumulate(total, part):
+            return jax.tree.map(jnp.add, total, one_part(*part)), None
+
+        parts = (split(images), split(targets), jax.random.split(model_key, accumulation_steps))
+        shapes = jax.eval_shape(one_part, *jax.tree.map(lambda leaf: leaf[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(accumulate, zeros, parts)
+        return jax.tree.map(lambda leaf: leaf / accumulation_steps, total)
 
     def split(leaf):
         # Part p takes rows p, p + parts, ...: a share of every device's rows, so nothing moves between them.
@@ -153,36 +199,37 @@ def make_train_step(
         return jnp.swapaxes(parts, 0, 1)
 
     def train_step(state: TrainState, batch: Batch):
-        images, targets, model_key = step_inputs(state, batch, augment)
-        whole_params = sharding.constrain(state.params, sharding.computing, mesh)
-        if accumulation_steps == 1:
-            (loss, accuracy), gradients = value_and_grad(whole_params, images, targets, model_key)
-        else:
-
-            def accumulate(total, part):
-                return jax.tree.map(jnp.add, total, value_and_grad(whole_params, *part)), None
-
-            keys = jax.random.split(model_key, accumulation_steps)
-            parts = (split(images), split(targets), keys)
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                jax.eval_shape(value_and_grad, state.params, *jax.tree.map(lambda leaf: leaf[0], parts)),
+        inputs = step_inputs(state, batch, augment)
+        if anneal_steps:
+            # Once p has arrived at 1, the kernels of the L1 distance take over.
+            (loss, (accuracy, batch_stats)), gradients = jax.lax.cond(
+                state.step < anneal_steps,
+                lambda: whole_batch(state, {"p": annealed_exponent(state.step, anneal_steps)}, *inputs),
+                lambda: whole_batch(state, {}, *inputs),
             )
-            total, _ = jax.lax.scan(accumulate, zeros, parts)
-            (loss, accuracy), gradients = jax.tree.map(lambda leaf: leaf / accumulation_steps, total)
+        else:
+            (loss, (accuracy, batch_stats)), gradients = whole_batch(state, {}, *inputs)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
+        averages = (state.ema_params, state.ema_batch_stats)
+        if state.ema_params is not None:
             t = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1.0 + t) / (10.0 + t))
-            ema_params = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema_params, params)
+            averages = jax.tree.map(
+                lambda old, new: old + (1.0 - decay) * (new - old), averages, (params, batch_stats)
+            )
         gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         over = skipped > skip_nonfinite_steps
-        learned = state.replace(params=params, opt_state=opt_state, ema_params=ema_params)
+        learned = state.replace(
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema_params=averages[0],
+            ema_batch_stats=averages[1],
+        )
         state = jax.tree.map(partial(jnp.where, finite & ~over), learned, state)
         state = state.replace(step=state.step + jnp.where(over, 0, 1), skipped=skipped)
         metrics = {
@@ -215,13 +262,13 @@ def make_eval_step(
       mesh: the devices.
 
     Returns:
-      ``(params, batch) -> sums`` over the rows, each weighted by the batch's "weight": "loss", "correct",
+      ``(variables, batch) -> sums`` over the rows, each weighted by the batch's "weight": "loss", "correct",
       "correct_top5" and "examples".
     """
 
-    def eval_step(params, batch: Batch):
-        params = sharding.constrain(params, sharding.computing, mesh)
-        logits = model.apply({"params": params}, normalize(batch["image"]))
+    def eval_step(variables, batch: Batch):
+        variables = sharding.constrain(variables, sharding.computing, mesh)
+        logits = model.apply(variables, normalize(batch["image"]))
         labels, weight = batch["label"], batch["weight"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
@@ -236,6 +283,6 @@ def make_eval_step(
             "examples": jnp.sum(weight),
         }
 
-    # The parameters come as they rest.
+    # The variables come as they rest.
     shardings = (None, sharding.batch_sharding(mesh))
     return jax.jit(eval_step, in_shardings=shardings, out_shardings=sharding.replicated(mesh))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adderflax import data as data_lib
-from adderflax.models import VisionTransformer
+from adderflax.models.families import build_model
 from adderflax.training import distributed, divergence, environment, profiling, sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
@@ -56,15 +56,18 @@ class Trainer:
                 lambda: data_lib.load_dataset(self.config.data), "load_dataset"
             )
             model = self.config.model_config(self.dataset.info)
-            sharding.require_tensor_fits(self.mesh, model.num_heads, model.mlp_dim or 4 * model.embed_dim)
+            heads = getattr(model, "num_heads", None)
+            hidden = heads and (model.mlp_dim or 4 * model.embed_dim)
+            sharding.require_tensor_fits(self.mesh, heads, hidden)
             self._share = dict(zip(("process_index", "process_count"), sharding.process_share(self.mesh)))
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.model = VisionTransformer(model)
+        self.model = build_model(model)
         self.total_steps = self.config.num_steps(self.dataset.info)
         self.optimizer, self._schedule = make_optimizer(self.config.optimizer, self.total_steps)
+        self._anneal_steps = round(self.config.anneal_fraction * self.total_steps)
         self._state_options = {"with_ema": self.config.ema_decay > 0, "mesh": self.mesh}
         info = self.dataset.info
         self.train_step = make_train_step(
@@ -74,6 +77,7 @@ class Trainer:
             ema_decay=self.config.ema_decay,
             accumulation_steps=self.config.accumulation_steps,
             skip_nonfinite_steps=self.config.skip_nonfinite_steps,
+            anneal_steps=self._anneal_steps,
             mesh=self.mesh,
         )
         self.eval_step = make_eval_step(
@@ -110,6 +114,7 @@ class Trainer:
             sharding.put_batch(batch, self.mesh),
             self._augment,
             accumulation_steps=self.config.accumulation_steps,
+            anneal_steps=self._anneal_steps,
         )
 
     def _augment(self, key, images, labels):
@@ -138,7 +143,7 @@ class Trainer:
         )
         sums = []
         for batch in batches:
-            sums.append(self.eval_step(state.evaluated_params, sharding.put_batch(batch, self.mesh)))
+            sums.append(self.eval_step(state.evaluated_variables, sharding.put_batch(batch, self.mesh)))
             # Loads the next batch while this one is computed, but never queues more than two on a device.
             jax.block_until_ready(sums[-2:-1])
         total = {name: math.fsum(float(batch[name]) for batch in sums) for name in sums[0]}

@@ -292,7 +292,7 @@ def test_the_average_is_evaluated(finished):
     run = Trainer(small_config())
     state = run.new_state()
     state, _ = run.train_step(state, sharding.put_batch(next(run.train_batches()), run.mesh))
-    assert state.evaluated_params is state.ema_params
+    assert state.evaluated_variables["params"] is state.ema_params
     # After the first update the decay is min(0.9, 1/10): a tenth of the initialization is left.
     start = run.new_state().params
     jax.tree.map(
