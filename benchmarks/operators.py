@@ -23,7 +23,7 @@ import numpy as np
 
 from adderflax import adder_matmul
 from benchmarks.operators_page import write_page
-from benchmarks.timing import alternate, device_limits, limit_loop, machine
+from benchmarks.timing import alternate, device_limits, limit_loop, machine, whole_rows
 
 RESULTS = Path("results/operators")
 # (K, N) of the linear layers of Ti, S and B: projections, and the two layers of the MLP.
@@ -65,7 +65,11 @@ def measure(case: Case, limits: tuple[float, float] | None) -> Iterator[dict[str
     x, y, g = (random.standard_normal((*batch, *shape), np.float32) for shape in ((m, k), (k, n), (m, n)))
     for method, contenders in _contenders(case, x, y, g).items():
         limit = None if limits is None else {"forward": limits[0], "input gradient": limits[1]}.get(method)
-        for name, seconds in alternate(contenders).items():
+        times = alternate(contenders)
+        if "limit loop" in times:  # on this shape and at this time, rather than before
+            times["limit loop"] *= m / whole_rows(m)
+            limit = case.elements / times["limit loop"]
+        for name, seconds in times.items():
             rate = case.elements / seconds
             yield {
                 **case._asdict(),
@@ -94,8 +98,10 @@ def _contenders(case, x, y, g) -> dict[str, dict[str, Callable[[], Any]]]:
         }
         for method, run in methods.items()
     }
-    if len(case.lengths) == 3 and (loop := limit_loop(*case.lengths)):
-        found["forward"]["limit loop"] = loop
+    if len(case.lengths) == 3:
+        rows, depth, columns = case.lengths
+        if loop := limit_loop(whole_rows(rows), depth, columns):
+            found["forward"]["limit loop"] = loop
     if jax.devices()[0].platform == "cpu":
         # Above these sizes a single call takes more than a second.
         if case.elements <= 3e9:

@@ -29,8 +29,9 @@ _HEAD = """# Speed of the adder operators
 
 An element is one term `|x[m, k] - y[k, n]|`. G/s are 10^9 elements a second, in float32; medians of runs that
 alternate in one process with the others of their line. The share is that of what the device's arithmetic
-allows: on a CPU the speed of `benchmarks/cpu_limit.cpp`, a hand-written AVX-512 loop, measured before; for
-the input gradient three quarters of it, as an element takes four instructions instead of three. "x cdist" is
+allows: on a CPU the speed of `benchmarks/cpu_limit.cpp`, a hand-written AVX-512 loop, alternating on the same
+shape where the file has a "limit loop" for it and else that of one shape, measured before; for the input
+gradient three quarters of the latter, as an element takes four instructions instead of three. "x cdist" is
 the speed relative to `torch.cdist(p=1)`, "x broadcast" to the same gradient rule written with torch
 broadcasting, "x multiply" to `jnp.matmul` and its gradients in float32. Empty: not timed, because a single
 call would take seconds, or torch was not installed.

@@ -24,6 +24,7 @@ _LIMITS = {
     "TPU v6 lite": (2.39e12, 1.79e12),
     "TPU v5": (4.78e12, 3.58e12),
 }
+_LOOP_ROWS, _LOOP_COLUMNS = 6, 48  # the tile of cpu_limit.cpp
 
 
 def alternate(
@@ -91,10 +92,15 @@ def device_limits() -> tuple[float, float] | None:
     return rate, 0.75 * rate
 
 
+def whole_rows(rows: int) -> int:
+    """The rows that `limit_loop` takes: it works on six at a time."""
+    return rows // _LOOP_ROWS * _LOOP_ROWS
+
+
 def limit_loop(rows: int, depth: int, columns: int) -> Callable[[], Any] | None:
     """The hand-written loop on random operands; None if rows or columns do not fit or it does not build."""
     library = _limit_library()
-    if library is None or rows % 6 or columns % 48:
+    if library is None or not rows or rows % _LOOP_ROWS or columns % _LOOP_COLUMNS:
         return None
     random = np.random.default_rng(0)
     x, y = (random.standard_normal(shape, np.float32) for shape in ((rows, depth), (depth, columns)))

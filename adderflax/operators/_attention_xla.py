@@ -172,7 +172,8 @@ def _sum_to(array, shape):
 
 
 def _matmul(x, y):
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+    # By default a TPU rounds float32 operands to bfloat16, and a GPU to TF32.
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _transpose(array):

@@ -107,7 +107,7 @@ def available_implementations(platform: str | None = None) -> tuple[str, ...]:
 
 def check_implementation(name: str | None) -> str | None:
     """Returns the name, or raises a ValueError that lists the allowed ones."""
-    if name is not None and name not in IMPLEMENTATIONS:
+    if name is not None and not (isinstance(name, str) and name in IMPLEMENTATIONS):
         raise ValueError(
             f"implementation: unknown name {name!r}; allowed are None (choose by platform) and "
             f"{', '.join(map(repr, IMPLEMENTATIONS))}."

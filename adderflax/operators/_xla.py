@@ -128,9 +128,10 @@ def _blocked_gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) ->
 
 def _weighting(rule: Rule, g: jax.Array):
     """A function (difference, g) -> rule(difference) * g, and g scaled for it."""
-    if rule.kind != "hardtanh":
+    if rule.kind != "hardtanh" or not 2.0**-20 <= rule.slope <= 2.0**20:
         return lambda difference, g: apply_rule(rule, difference) * g, g
-    # clip(s d, -1, 1) g = clip(d, -1 / s, 1 / s) (s g): no multiplication by s in the loop.
+    # clip(s d, -1, 1) g = clip(d, -1 / s, 1 / s) (s g): no multiplication by s in the loop. Not for
+    # slopes that could take s g out of float32's range.
     limit = jnp.float32(1.0 / rule.slope)
     return lambda difference, g: lax.clamp(-limit, difference, limit) * g, g * rule.slope
 

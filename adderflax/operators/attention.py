@@ -72,15 +72,18 @@ def adder_attention(
         the identity included.
 
     Raises:
-        TypeError: an operand, mask or bias has a dtype that is not allowed.
-        ValueError: shapes that do not fit, a scale that is no scalar, or an unknown name.
+        TypeError: an operand, mask, bias or scale has a type or dtype that is not allowed.
+        ValueError: shapes that do not fit, no keys, a scale that is no scalar, or an unknown name.
     """
     rules = canonical_rule(grad_query, "grad_query"), canonical_rule(grad_key, "grad_key")
     check_implementation(implementation)
     _check_name("similarity", similarity)
     _check_name("aggregation", aggregation)
-    if jnp.ndim(scale if scale is not None else 0) != 0:
-        raise ValueError(f"scale: needs a scalar, got shape {jnp.shape(scale)}.")
+    if not isinstance(scale, (type(None), numbers.Real)):
+        if not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
+            raise TypeError(f"scale: needs a Python number or a floating scalar array, got {scale!r}.")
+        if jnp.ndim(scale) != 0:
+            raise ValueError(f"scale: needs a scalar, got shape {jnp.shape(scale)}.")
     query, key, value = (
         check_float(array, name, "adder_attention")
         for name, array in (("query", query), ("key", key), ("value", value))
@@ -244,6 +247,8 @@ def _check_shapes(query, key, value, identity) -> None:
         )
     if query.shape[:-3] != key.shape[:-3] or query.shape[-2] != key.shape[-2]:
         raise ValueError(f"adder_attention: query and key need the same batch and heads, got {shapes}.")
+    if key.shape[-3] == 0:
+        raise ValueError(f"adder_attention: key needs at least one token to attend to, got {shapes}.")
     if identity and query.shape[-3] != key.shape[-3]:
         raise ValueError(
             f"identity: adding I needs as many queries as keys, got {query.shape[-3]} queries and "

@@ -113,7 +113,7 @@ def _check_window(x, kernel, strides, padding, dilation, groups) -> Window:
             f"adder_conv: x has shape {x.shape} and kernel {kernel.shape}; only the batch may be symbolic."
         )
     strides, dilation = _pair(strides, "strides"), _pair(dilation, "dilation")
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+    if not isinstance(groups, numbers.Integral) or isinstance(groups, bool) or groups < 1:
         raise ValueError(f"feature_group_count={groups!r} must be a positive integer.")
     channels, filters = x.shape[3], kernel.shape[3]
     if channels % groups or filters % groups:
@@ -136,11 +136,11 @@ def _check_window(x, kernel, strides, padding, dilation, groups) -> Window:
     pairs = tuple(_pair(sides, "padding", least=None) for sides in _two(padding, "padding"))
     if any(size + sum(sides) < 0 for size, sides in zip(x.shape[1:3], pairs)):
         raise ValueError(f"padding={pairs} crops more pixels than x of shape {x.shape} has.")
-    return Window(strides, pairs, dilation, groups)
+    return Window(strides, pairs, dilation, int(groups))
 
 
 def _two(values, argument):
-    if isinstance(values, (str, numbers.Real)) or len(tuple(values)) != 2:
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 2:
         raise ValueError(f"{argument}={values!r} needs two entries, for height and width.")
     return tuple(values)
 

@@ -52,8 +52,8 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
             if _SLOPES[0] <= slope <= _SLOPES[1]:
                 return Rule("hardtanh", float(slope))
         raise ValueError(
-            f'{argument}: the slope of ("hardtanh", slope) must be a positive finite Python '
-            f"number, got {slope!r}."
+            f'{argument}: the slope of ("hardtanh", slope) must be a Python number from '
+            f"{_SLOPES[0]:g} to {_SLOPES[1]:g}, got {slope!r}."
         )
     raise ValueError(f"{argument}: unknown gradient rule {rule!r}; allowed are {ALLOWED_RULES}.")
 

@@ -113,6 +113,14 @@ def test_scale_and_mask_may_be_traced():
     np.testing.assert_allclose(derivative, expected, rtol=1e-4)
 
 
+def test_products_are_not_rounded_by_default():
+    """On a CPU float32 products are exact anyway; TPUs and GPUs must be told."""
+    operands = [jax.ShapeDtypeStruct((1, 5, 2, 4), jnp.float32)] * 3
+    gradients = jax.grad(lambda *a: jnp.sum(adder_attention(*a)), (0, 1, 2))
+    program = str(jax.make_jaxpr(gradients)(*operands))
+    assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST") >= 3
+
+
 @pytest.mark.parametrize("what", ["forward", "three layers"])
 def test_long_attention_holds_no_map(what):
     """No program holds a queries x keys buffer, in whatever layout; layers add no parts of it."""

@@ -290,6 +290,7 @@ BAD_CALLS = {
     "list": (TypeError, (X, [1.0]), {}, ["kernel", "list"]),
     "stride": (ValueError, (X, KERNEL), {"strides": (0, 1)}, ["strides=(0, 1)", "at least 1"]),
     "one stride": (ValueError, (X, KERNEL), {"strides": 2}, ["strides=2", "two entries"]),
+    "no strides": (ValueError, (X, KERNEL), {"strides": None}, ["strides=None", "two entries"]),
     "dilation": (TypeError, (X, KERNEL), {"dilation": (1.5, 1)}, ["dilation=(1.5, 1)", "float"]),
     "padding": (ValueError, (X, KERNEL), {"padding": "FULL"}, ["'FULL'", "'SAME'", "'VALID'", "pairs"]),
     "pairs": (ValueError, (X, KERNEL), {"padding": (1, 1)}, ["padding", "two entries"]),

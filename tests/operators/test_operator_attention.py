@@ -10,7 +10,7 @@ import numpy as np
 import operator_reference as reference
 import pytest
 
-from adderflax.operators import adder_attention, adder_matmul
+from adderflax.operators import adder_attention, adder_matmul, available_implementations
 
 PAIRS = [("l1", "dot"), ("l1", "l1"), ("dot", "dot"), ("dot", "l1")]
 
@@ -55,7 +55,7 @@ def expected_attention(
     return np.moveaxis(out, -3, -2), weights
 
 
-@pytest.mark.parametrize("tokens, heads, depth", [(5, 2, 8), (17, 3, 16), (1, 1, 1)])
+@pytest.mark.parametrize("tokens, heads, depth", [(17, 3, 16), (1, 1, 1)])
 @pytest.mark.parametrize("similarity, aggregation", PAIRS)
 @pytest.mark.parametrize("identity", [True, False])
 def test_against_float64(tokens, heads, depth, similarity, aggregation, identity):
@@ -77,13 +77,16 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("similarity", ["l1", "dot"])
+@pytest.mark.parametrize(
+    "similarity, implementation",
+    [("dot", None), *(("l1", name) for name in available_implementations("cpu"))],
+)
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_and_biases(name, similarity):
+def test_masks_and_biases(name, similarity, implementation):
     operands = [normal(i, 2, 6, 3, 8) for i in range(3)]
     bias = normal(3, 1, 3, 6, 6) if name != "causal" else normal(3, 6)
     options = dict(mask=MASKS[name], bias=bias, similarity=similarity, scale=0.7)
-    out, weights = adder_attention(*operands, return_weights=True, **options)
+    out, weights = adder_attention(*operands, return_weights=True, implementation=implementation, **options)
     expected, expected_weights = expected_attention(*operands, **options)
     np.testing.assert_allclose(out, expected, atol=1e-5, rtol=0)
     np.testing.assert_allclose(weights, expected_weights, atol=1e-6, rtol=0)
@@ -196,6 +199,8 @@ BAD_CALLS = {
     ),
     "bias dtype": (TypeError, (Q, K, V), {"bias": np.ones((4, 4), np.int32)}, ["bias", "int32"]),
     "scale": (ValueError, (Q, K, V), {"scale": np.ones(3, np.float32)}, ["scale", "(3,)"]),
+    "scale type": (TypeError, (Q, K, V), {"scale": "1"}, ["scale", "'1'", "scalar array"]),
+    "no keys": (ValueError, (Q, K[:, :0], V[:, :0]), {"identity": False}, ["key", "(2, 0, 3, 8)"]),
     "dtype": (TypeError, (Q, K, V.astype(np.float64)), {}, ["value", "float64"]),
 }  # fmt: skip
 

@@ -139,6 +139,16 @@ def test_never_the_whole_product():
     assert memory.temp_size_in_bytes <= 3 * around
 
 
+def test_a_symbolic_batch():
+    # Rows that are not known are not cut into blocks.
+    (rows,) = jax.export.symbolic_shape("rows")
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 8), (8, 3), (rows, 3), ())]
+    x, y, g = normal(0, 5, 8), normal(1, 8, 3), normal(2, 5, 3)
+    actual = jax.export.export(program("sign", "full"))(*shapes).call(x, y, g, jnp.float32(1.5))
+    for value, (wanted, terms) in zip(actual, expected(x, y, g, 1.5, "sign", "full")):
+        reference.assert_within(np.asarray(value), wanted, terms, "symbolic rows")
+
+
 def test_the_ledger_does_not_call_it_an_adder():
     x, y = jax.ShapeDtypeStruct((6, 64), jnp.float32), jax.ShapeDtypeStruct((64, 10), jnp.float32)
     image, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 4, 4, 8), (1, 1, 8, 5)))
