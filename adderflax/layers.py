@@ -17,12 +17,14 @@ from adderflax.operators import adder_attention, adder_conv, adder_matmul, avail
 from adderflax.operators.rules import canonical_rule
 
 Array = jax.Array
+Exponent = float | jax.Array  # of the distance; a Python 1.0 selects the kernels of the L1 distance
 GradientRule = str | tuple[str, float]
 
 ARITHMETICS = ("adder", "multiply")
 SIMILARITIES = ("l1", "dot")
 NORMALIZATIONS = ("layer", "none")
 DTYPES = ("float32", "bfloat16")
+_LINEAR_BELOW = 1e-3  # where the power activation is a line instead; normalized outputs are of order 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class EncoderConfig:
         ``1/sqrt(d)`` for "dot", d the head width.
       normalization: "layer" puts a LayerNorm over the features after every linear layer of the block,
         "none" leaves it out.
+      power_activation: whether `signed_power` with an exponent of its own follows the normalization of
+        every adder linear layer, an adder classifier excepted. Multiplying layers never have it.
       use_bias: whether multiplying layers of the block have a bias. Adder layers have none.
       grad_inputs: gradient rule of adder layers towards their input (see `adderflax.adder_matmul`).
       grad_kernel: gradient rule of adder layers towards their templates.
@@ -70,6 +74,7 @@ class EncoderConfig:
     identity: bool = True
     attention_scale: float | None = None
     normalization: str = "layer"
+    power_activation: bool = False
     use_bias: bool = False
     grad_inputs: GradientRule = "hardtanh"
     grad_kernel: GradientRule = "full"
@@ -86,7 +91,7 @@ class EncoderConfig:
             require_choice(name, getattr(self, name), ARITHMETICS)
         for name in ("similarity", "aggregation"):
             require_choice(name, getattr(self, name), SIMILARITIES)
-        require_choice("normalization", self.normalization, NORMALIZATIONS)
+        require_normalization(self.normalization, self.power_activation)
         require_choice("dtype", self.dtype, DTYPES)
         if self.embed_dim < 1 or self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(
@@ -113,6 +118,16 @@ def require_choice(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.")
 
 
+def require_normalization(normalization: str, power_activation: bool) -> None:
+    """Raises a ValueError unless the normalization is known and there is one where the power needs it."""
+    require_choice("normalization", normalization, NORMALIZATIONS)
+    if power_activation and normalization == "none":
+        raise ValueError(
+            "power_activation=True acts on normalized outputs, but normalization='none' leaves raw sums,"
+            " far from 1 and all negative. Choose normalization='layer', or power_activation=False."
+        )
+
+
 class AdderDense(nn.Module):
     """Adder linear layer, [..., in] -> [..., features]: ``LayerNorm(-sum_i |x_i - w_io|)``.
 
@@ -131,6 +146,7 @@ class AdderDense(nn.Module):
       grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign" or "full".
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
+      power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.
     """
 
     features: int
@@ -142,30 +158,23 @@ class AdderDense(nn.Module):
     grad_x: GradientRule = "hardtanh"
     grad_kernel: GradientRule = "full"
     implementation: str | None = None
+    power_activation: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
-        """Applies the layer to `inputs` of shape [..., in]; returns [..., features]."""
-        require_choice("normalization", self.normalization, NORMALIZATIONS)
-        kernel = self.param(
-            "adder_kernel",
-            self.kernel_init,
-            (inputs.shape[-1], self.features),
-            self.param_dtype,
-        )
+    def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
+        """Applies the layer to `inputs` of shape [..., in]; returns [..., features].
+
+        With `p` the sums are of ``|x - w|^p``, for training that anneals p from 2 to 1 (Chen et al.,
+        Universal Adder Neural Networks, 2021). Their scale grows with p; the normalization takes it out.
+        """
+        require_normalization(self.normalization, self.power_activation)
+        shape = (inputs.shape[-1], self.features)
+        kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         rows = inputs if inputs.ndim > 1 else inputs[None]
-        sums = adder_matmul(
-            rows,
-            kernel,
-            grad_x=self.grad_x,
-            grad_y=self.grad_kernel,
-            implementation=self.implementation,
-        )
-        sums = sums if inputs.ndim > 1 else sums[0]
-        if self.normalization == "none":
-            return sums
-        return layer_norm(self.epsilon, inputs.dtype, self.param_dtype, name="norm")(sums)
+        rules = {"grad_x": self.grad_x, "grad_y": self.grad_kernel}
+        sums = adder_matmul(rows, kernel, p=p, **rules, implementation=self.implementation)
+        return _normalized(self, sums if inputs.ndim > 1 else sums[0], inputs.dtype)
 
 
 class AdderConv(nn.Module):
@@ -190,6 +199,7 @@ class AdderConv(nn.Module):
       grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign" or "full".
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
+      power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.
     """
 
     features: int
@@ -206,11 +216,12 @@ class AdderConv(nn.Module):
     grad_x: GradientRule = "hardtanh"
     grad_kernel: GradientRule = "full"
     implementation: str | None = None
+    power_activation: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
-        """Applies the layer to `inputs` of shape [N, H, W, C]; returns [N, H', W', features]."""
-        require_choice("normalization", self.normalization, NORMALIZATIONS)
+    def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
+        """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
+        require_normalization(self.normalization, self.power_activation)
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
@@ -222,17 +233,37 @@ class AdderConv(nn.Module):
             padding=self.padding,
             dilation=self.dilation,
             feature_group_count=self.feature_group_count,
+            p=p,
             grad_x=self.grad_x,
             grad_kernel=self.grad_kernel,
             implementation=self.implementation,
         )
-        if self.normalization == "none":
-            return sums
-        return layer_norm(self.epsilon, inputs.dtype, self.param_dtype, name="norm")(sums)
+        return _normalized(self, sums, inputs.dtype)
+
+
+def _normalized(layer: AdderDense | AdderConv, sums: Array, dtype: Any) -> Array:
+    if layer.normalization == "none":
+        return sums
+    y = layer_norm(layer.epsilon, dtype, layer.param_dtype, name="norm")(sums)
+    if not layer.power_activation:
+        return y
+    return signed_power(y, layer.param("power", nn.initializers.zeros_init(), (), layer.param_dtype))
+
+
+def signed_power(y: Array, power: Array) -> Array:
+    """``sign(y) |y|^alpha`` with ``alpha = exp(power)``, a scalar; y itself, to the bit, at power = 0.
+
+    The power activation of AdderSR (Song et al., CVPR 2021), whose alpha is learned. Learning its logarithm
+    instead, which is our choice, keeps alpha positive without a bound at which its gradient would vanish.
+    Below 1e-3 in magnitude it is a line through 0, so that no slope exceeds 1000 where alpha < 1.
+    """
+    magnitude = jnp.maximum(jnp.abs(y.astype(jnp.float32)), _LINEAR_BELOW)
+    factor = jnp.exp(jnp.expm1(power.astype(jnp.float32)) * jnp.log(magnitude))
+    return (y.astype(jnp.float32) * factor).astype(y.dtype)
 
 
 class _MultiplyDense(nn.Module):
-    """The multiplying twin of `AdderDense`: ``x @ kernel (+ bias)``, then the same normalization."""
+    """The multiplying twin of `AdderDense`: ``x @ kernel (+ bias)``, then the same normalization; no p."""
 
     features: int
     normalization: str
@@ -242,7 +273,7 @@ class _MultiplyDense(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         outputs = jnp.matmul(inputs, kernel)
@@ -269,6 +300,7 @@ def dense(
     name: str | None = None,
     *,
     normalization: str | None = None,
+    power_activation: bool | None = None,
     use_bias: bool | None = None,
 ) -> nn.Module:
     """The linear layer that `config` describes, in the given arithmetic.
@@ -279,27 +311,24 @@ def dense(
       features: number of output features.
       name: Linen name of the layer.
       normalization: overrides `config.normalization`.
+      power_activation: overrides `config.power_activation`; multiplying layers have none either way.
       use_bias: overrides `config.use_bias`; adder layers have no bias either way.
     """
-    normalization = config.normalization if normalization is None else normalization
-    if arithmetic == "adder":
-        return AdderDense(
-            features=features,
-            normalization=normalization,
-            dtype=config.compute_dtype,
-            epsilon=config.layer_norm_epsilon,
-            grad_x=config.grad_inputs,
-            grad_kernel=config.grad_kernel,
-            implementation=config.implementation,
-            name=name,
-        )
-    return _MultiplyDense(
-        features=features,
-        normalization=normalization,
-        use_bias=config.use_bias if use_bias is None else use_bias,
-        dtype=config.compute_dtype,
-        epsilon=config.layer_norm_epsilon,
-        name=name,
+    shared = {
+        "features": features,
+        "normalization": config.normalization if normalization is None else normalization,
+        "dtype": config.compute_dtype,
+        "epsilon": config.layer_norm_epsilon,
+        "name": name,
+    }
+    if arithmetic == "multiply":
+        return _MultiplyDense(use_bias=config.use_bias if use_bias is None else use_bias, **shared)
+    return AdderDense(
+        power_activation=config.power_activation if power_activation is None else power_activation,
+        grad_x=config.grad_inputs,
+        grad_kernel=config.grad_kernel,
+        implementation=config.implementation,
+        **shared,
     )
 
 
@@ -314,18 +343,20 @@ class AdderSelfAttention(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, mask: Array | None = None) -> Array:
+    def __call__(self, x_BxTxD: Array, mask: Array | None = None, p: Exponent = 1.0) -> Array:
         """Applies attention.
 
         Args:
           x_BxTxD: input tokens.
           mask: boolean, True where a query may see a key, broadcastable to [B, num_heads, T, T].
+          p: exponent of the distance in the adder projections. Similarity and aggregation have no templates
+            to anneal and stay as configured: an L1 similarity is L1 at every p.
         """
         config = self.config
         B, T, _ = x_BxTxD.shape
         heads = (B, T, config.num_heads, config.embed_dim // config.num_heads)
         query, key, value = (
-            dense(config, config.linear, config.embed_dim, name)(x_BxTxD).reshape(heads)
+            dense(config, config.linear, config.embed_dim, name)(x_BxTxD, p).reshape(heads)
             for name in ("query", "key", "value")
         )
         capture = self.is_mutable_collection("intermediates")
@@ -347,7 +378,7 @@ class AdderSelfAttention(nn.Module):
             attended, weights_BxHxTxT = attended
             self.sow("intermediates", "attention_weights", weights_BxHxTxT)
         attended = attended.astype(config.compute_dtype).reshape(B, T, config.embed_dim)
-        return dense(config, config.output_projection, config.embed_dim, "out")(attended)
+        return dense(config, config.output_projection, config.embed_dim, "out")(attended, p)
 
 
 class AdderMlp(nn.Module):
@@ -356,12 +387,12 @@ class AdderMlp(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array) -> Array:
-        """Applies the MLP to [..., embed_dim]; returns the same shape."""
+    def __call__(self, x_BxTxD: Array, p: Exponent = 1.0) -> Array:
+        """Applies the MLP to [..., embed_dim], with p as in `AdderDense`; returns the same shape."""
         config = self.config
         hidden = 4 * config.embed_dim if config.mlp_dim is None else config.mlp_dim
-        x = dense(config, config.linear, hidden, "fc1")(x_BxTxD)
-        return dense(config, config.linear, config.embed_dim, "fc2")(nn.gelu(x))
+        x = dense(config, config.linear, hidden, "fc1")(x_BxTxD, p)
+        return dense(config, config.linear, config.embed_dim, "fc2")(nn.gelu(x), p)
 
 
 class EncoderBlock(nn.Module):
@@ -370,8 +401,8 @@ class EncoderBlock(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, train: bool = False) -> Array:
-        """Applies the block; with `train`, stochastic depth draws from the rng stream "drop_path"."""
+    def __call__(self, x_BxTxD: Array, train: bool = False, p: Exponent = 1.0) -> Array:
+        """Applies the block; `train` draws stochastic depth from rng "drop_path"; p as in `AdderDense`."""
         config = self.config
 
         def drop_path(branch: Array) -> Array:
@@ -383,5 +414,6 @@ class EncoderBlock(nn.Module):
             return layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, name)
 
         x = x_BxTxD
-        x = x + drop_path(AdderSelfAttention(config, name="attention")(pre_norm("attention_norm")(x)))
-        return x + drop_path(AdderMlp(config, name="mlp")(pre_norm("mlp_norm")(x)))
+        attention, mlp = AdderSelfAttention(config, name="attention"), AdderMlp(config, name="mlp")
+        x = x + drop_path(attention(pre_norm("attention_norm")(x), p=p))
+        return x + drop_path(mlp(pre_norm("mlp_norm")(x), p))

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from adderflax import AdderConv, AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
+from adderflax.layers import signed_power
 
 SMALL = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=12, implementation="reference")
 MULTIPLY = dataclasses.replace(SMALL, linear="multiply", output_projection="multiply", similarity="dot")
@@ -153,6 +154,39 @@ def test_dense_bfloat16():
     )
 
 
+@pytest.mark.parametrize("layer", [AdderDense(6), AdderConv(6, (2, 2))], ids=["dense", "convolution"])
+def test_power_activation_follows_the_normalization(layer):
+    x = tokens((2, 3, 3, 8))
+    powered = layer.clone(power_activation=True)
+    variables = jax.jit(powered.init)(jax.random.key(0), x)
+    params = dict(variables["params"])
+    assert params.pop("power").shape == ()
+    y = layer.apply({"params": params}, x)
+    np.testing.assert_array_equal(powered.apply(variables, x), y)  # alpha starts at 1
+    y = np.asarray(y, np.float64)
+    out = powered.apply({"params": params | {"power": jnp.log(1.7)}}, x)
+    np.testing.assert_allclose(out, np.sign(y) * np.abs(y) ** 1.7, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.3, 1.0, 4.0])
+def test_power_activation_has_bounded_slopes(alpha):
+    y, power = jnp.array([-2.0, -1e-3, -1e-9, -0.0, 0.0, 1e-40, 0.5]), jnp.log(alpha)
+    slopes, to_power = jax.jacobian(signed_power, argnums=(0, 1))(y, power)
+    assert np.isfinite(to_power).all() and (np.abs(np.diag(slopes)) <= 1001).all()
+    values = np.asarray(signed_power(y, power))
+    assert (np.diff(values) >= 0).all() and (values[3:5] == 0).all()
+
+
+def test_dense_exponent():
+    x = np.asarray(tokens(), np.float64)
+    layer = AdderDense(6)
+    variables = random_params(layer, tokens())
+    norm = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["norm"])
+    sums = -(np.abs(x[..., None] - kernels(variables, "params")) ** 1.5).sum(-2)
+    out = jax.jit(layer.apply)(variables, tokens(), jnp.float32(1.5))
+    np.testing.assert_allclose(out, layer_norm(sums) * norm["scale"] + norm["bias"], atol=1e-5)
+
+
 def test_dense_rejects_an_unknown_normalization():
     with pytest.raises(ValueError, match="normalization='batch'.*'layer', 'none'"):
         AdderDense(3, normalization="batch").init(jax.random.key(0), jnp.zeros((1, 2)))
@@ -273,6 +307,7 @@ def test_stochastic_depth_drops_whole_branches_and_rescales():
     [
         ({"embed_dim": 10, "num_heads": 4}, "embed_dim=10 is not divisible by num_heads=4"),
         ({"linear": "add"}, "linear='add' is not known; choose one of 'adder', 'multiply'"),
+        ({"power_activation": True, "normalization": "none"}, "power_activation=True.*'layer'"),
         ({"similarity": "l2"}, "similarity='l2' is not known; choose one of 'l1', 'dot'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.layers import ARITHMETICS, DTYPES, AdderConv, GradientRule, require_choice
+from adderflax.layers import ARITHMETICS, DTYPES, AdderConv, Exponent, GradientRule, require_choice
 from adderflax.operators import available_implementations
 from adderflax.operators.rules import canonical_rule
 
@@ -105,13 +106,15 @@ class AdderResNet(nn.Module):
     config: AdderResNetConfig
 
     @nn.compact
-    def __call__(self, images_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images_BxHxWxC: jax.Array, train: bool = False, p: Exponent = 1.0) -> jax.Array:
         """Computes the logits.
 
         Args:
           images_BxHxWxC: normalized images in a floating dtype.
           train: whether BatchNorm uses the statistics of this batch, and updates the running ones, for
             which ``batch_stats`` must be mutable.
+          p: exponent of the distance in every adder convolution, a Python number or a scalar array, traced
+            perhaps, from 1 to 2 (see `adder_matmul`). Running statistics are those of the p they saw.
 
         Raises:
           ValueError: the images do not have the configured size.
@@ -124,14 +127,14 @@ class AdderResNet(nn.Module):
                 f"{', '.join(map(str, expected))}]. Resize the images, or set image_size and channels."
             )
         norm = functools.partial(_batch_norm, config, train)
-        x = _convolution(config, "multiply", _WIDTHS[0], 3, 1, "conv1")(images_BxHxWxC)
+        x = _convolution(config, "multiply", _WIDTHS[0], 3, 1, "conv1", p)(images_BxHxWxC)
         x = nn.relu(norm("bn1")(x))
         for stage, features in enumerate(_WIDTHS, start=1):
             for index in range(config.blocks):
                 stride = 2 if stage > 1 and index == 0 else 1
-                x = _BasicBlock(config, features, stride, name=f"layer{stage}_{index}")(x, train)
+                x = _BasicBlock(config, features, stride, name=f"layer{stage}_{index}")(x, train, p)
         x = jnp.mean(x, axis=(1, 2), keepdims=True)
-        x = norm("bn2")(_convolution(config, "multiply", config.num_classes, 1, 1, "fc")(x))
+        x = norm("bn2")(_convolution(config, "multiply", config.num_classes, 1, 1, "fc", p)(x))
         return x[:, 0, 0].astype(jnp.float32)
 
 
@@ -143,25 +146,25 @@ class _BasicBlock(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, p: Exponent) -> jax.Array:
         config, features = self.config, self.features
         norm = functools.partial(_batch_norm, config, train)
         shortcut = x
         if self.stride != 1 or x.shape[-1] != features:
-            shortcut = _convolution(config, config.shortcut, features, 1, self.stride, "downsample_0")(x)
+            shortcut = _convolution(config, config.shortcut, features, 1, self.stride, "downsample_0", p)(x)
             shortcut = norm("downsample_1")(shortcut)
-        x = _convolution(config, config.convolution, features, 3, self.stride, "conv1")(x)
+        x = _convolution(config, config.convolution, features, 3, self.stride, "conv1", p)(x)
         x = nn.relu(norm("bn1")(x))
-        x = norm("bn2")(_convolution(config, config.convolution, features, 3, 1, "conv2")(x))
+        x = norm("bn2")(_convolution(config, config.convolution, features, 3, 1, "conv2", p)(x))
         return nn.relu(x + shortcut)
 
 
-def _convolution(config, arithmetic, features, size, stride, name) -> nn.Module:
+def _convolution(config, arithmetic, features, size, stride, name, p) -> Callable[[jax.Array], jax.Array]:
     # Not "SAME", which would pad an even image on one side only at stride 2.
     padding = ((size // 2, size // 2),) * 2
     shared = dict(kernel_size=(size, size), strides=(stride, stride), padding=padding, name=name)
     if arithmetic == "adder":
-        return AdderConv(
+        layer = AdderConv(
             features=features,
             normalization="none",
             dtype=jnp.dtype(config.dtype),
@@ -170,6 +173,7 @@ def _convolution(config, arithmetic, features, size, stride, name) -> nn.Module:
             implementation=config.implementation,
             **shared,
         )
+        return functools.partial(layer, p=p)
     init = nn.initializers.he_normal()
     return nn.Conv(features, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=init, **shared)
 

@@ -1,6 +1,7 @@
 """The Vision Transformer in adder, multiplying or mixed arithmetic."""
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from adderflax.layers import (
     ARITHMETICS,
     EncoderBlock,
     EncoderConfig,
+    Exponent,
     dense,
     layer_norm,
     require_choice,
@@ -142,12 +144,15 @@ class VisionTransformer(nn.Module):
     config: VisionTransformerConfig
 
     @nn.compact
-    def __call__(self, images_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images_BxHxWxC: jax.Array, train: bool = False, p: Exponent = 1.0) -> jax.Array:
         """Computes the logits.
 
         Args:
           images_BxHxWxC: normalized images in a floating dtype.
           train: whether stochastic depth is active; it draws from the rng stream "drop_path".
+          p: exponent of the distance in every adder linear layer, a Python number or a scalar array, traced
+            perhaps, from 1 to 2 (see `AdderDense`). An L1 similarity stays L1. With a Python number the
+            whole program is that number's, for 1.0 the one with the kernels of the L1 distance.
 
         Raises:
           ValueError: the images do not have the configured size.
@@ -175,19 +180,21 @@ class VisionTransformer(nn.Module):
             "patch_embedding",
             normalization="layer" if config.patch_embedding == "adder" else "none",
             use_bias=True,
-        )(patches_BxNxP)
+        )(patches_BxNxP, p)
 
         token = self.param("class_token", nn.initializers.zeros_init(), (1, 1, D))
         position = self.param("position_embedding", nn.initializers.normal(0.02), (1, x.shape[1] + 1, D))
         x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (B, 1, D)), x], axis=1)
         x = x + jnp.broadcast_to(position.astype(x.dtype), x.shape)
 
-        block_class = nn.remat(EncoderBlock, static_argnums=(2,)) if config.remat else EncoderBlock
+        # Where remat does not take p as static it traces it, and a traced p has no kernels.
+        static = (2, 3) if isinstance(p, numbers.Real) else (2,)
+        block_class = nn.remat(EncoderBlock, static_argnums=static) if config.remat else EncoderBlock
         for index in range(config.depth):
             # Linear in depth, as in DeiT: the first block is never dropped, the last one at the full rate.
             rate = config.drop_path_rate * index / max(config.depth - 1, 1)
             block_config = dataclasses.replace(config, drop_path_rate=rate)
-            x = block_class(block_config, name=f"block_{index}")(x, train)
+            x = block_class(block_config, name=f"block_{index}")(x, train, p)
             self.sow("intermediates", "block_outputs", x)
 
         x = layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, "norm")(x[:, 0])
@@ -197,6 +204,7 @@ class VisionTransformer(nn.Module):
             config.num_classes,
             "head",
             normalization="layer" if config.head == "adder" else "none",
+            power_activation=False,
             use_bias=True,
-        )(x)
+        )(x, p)
         return logits.astype(jnp.float32)

@@ -1,11 +1,13 @@
 """AdderNet's ResNet and the loader of its official weights, against a plain NumPy forward pass."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adderflax import AdderResNet, AdderResNetConfig
+from adderflax import AdderResNet, AdderResNetConfig, adder_conv, layers
 from adderflax.models import load_addernet_weights
 from adderflax.models.addernet_weights import convert_addernet_weights
 
@@ -173,6 +175,21 @@ def test_training_updates_statistics_and_reaches_every_parameter():
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradient))
     mean = statistics["layer1_0"]["bn1"]["mean"]
     assert -0.1 * 144 * 2 < float(mean.mean()) < -0.1 * 144 * 0.5  # a tenth of minus the fan-in
+
+
+def test_the_exponent_reaches_every_adder_convolution(monkeypatch):
+    exponents = []
+
+    def record(*operands, p, **options):
+        exponents.append(p)
+        return adder_conv(*operands, p=p, **options)
+
+    monkeypatch.setattr(layers, "adder_conv", record)
+    model, batch = AdderResNet(dataclasses.replace(SMALL, implementation=None)), jnp.zeros((2, 8, 8, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    assert exponents == [1.0] * 8
+    jax.eval_shape(lambda v, p: model.apply(v, batch, p=p), variables, jnp.float32(1.5))
+    assert len(exponents) == 16 and all(isinstance(p, jax.core.Tracer) for p in exponents[8:])
 
 
 def test_parameters_and_variants():

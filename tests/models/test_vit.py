@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from adderflax import VisionTransformer, VisionTransformerConfig, adder_attention
+from adderflax import VisionTransformer, VisionTransformerConfig, adder_attention, adder_matmul, layers
 from adderflax.models.vit import PRESET_FIELDS, PRESETS, VARIANTS
 
 TINY = VisionTransformerConfig(
@@ -142,7 +142,7 @@ EVERYTHING_ADDS = {"patch_embedding": "adder", "head": "adder", "aggregation": "
         EVERYTHING_ADDS,
         PRESETS["multiply"],
         PRESETS["vit"],
-        {"remat": True},
+        {"remat": True, "power_activation": True},
         {"dtype": "bfloat16"},
     ],
     ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16"],
@@ -175,6 +175,40 @@ def test_remat_changes_nothing():
         jax.jit(jax.grad(lambda p, m=m: m.apply(p, images(TINY)).sum()))(params) for m in (model, again)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *gradients)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_exponent_reaches_every_adder_layer(monkeypatch, remat):
+    config = dataclasses.replace(TINY, **EVERYTHING_ADDS, remat=remat, implementation=None)
+    model, exponents = VisionTransformer(config), []
+
+    def record(*operands, p, **options):
+        exponents.append(p)
+        return adder_matmul(*operands, p=p, **options)
+
+    def loss(params, **options):
+        return jnp.sum(model.apply(params, images(config), **options))
+
+    params = jax.eval_shape(model.init, jax.random.key(0), images(config))
+    monkeypatch.setattr(layers, "adder_matmul", record)
+    jax.eval_shape(jax.grad(lambda params, p: loss(params, p=p)), params, jnp.float32(1.5))
+    assert len(exponents) == 6 * config.depth + 2 and all(isinstance(p, jax.core.Tracer) for p in exponents)
+    exponents.clear()
+    jax.eval_shape(jax.grad(loss), params)
+    assert exponents == [1.0] * (6 * config.depth + 2)  # a number still: the kernels of the L1 distance
+
+
+def test_power_activation_is_in_every_adder_layer_but_the_head():
+    def powers(**fields):
+        model = VisionTransformer(dataclasses.replace(TINY, depth=1, power_activation=True, **fields))
+        params = jax.eval_shape(model.init, jax.random.key(0), images(TINY))["params"]
+        names = (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+        return {name.split("'")[-4] for name in names if name.endswith("['power']")}
+
+    linear = {"query", "key", "value", "out", "fc1", "fc2"}
+    assert powers() == linear
+    assert powers(**EVERYTHING_ADDS) == linear | {"patch_embedding"}
+    assert powers(**PRESETS["multiply"]) == set()
 
 
 def test_patches_are_cut_row_by_row():
