@@ -4,14 +4,8 @@ Importing this needs jax, flax and numpy. Data, training and analysis live in su
 ``train`` extra.
 """
 
-from adderflax.layers import (
-    AdderConv,
-    AdderDense,
-    AdderMlp,
-    AdderSelfAttention,
-    EncoderBlock,
-    EncoderConfig,
-)
+from adderflax.encoder import AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
+from adderflax.layers import AdderConv, AdderDense
 from adderflax.models import AdderResNet, AdderResNetConfig, VisionTransformer, VisionTransformerConfig
 from adderflax.operators import adder_attention, adder_conv, adder_matmul
 

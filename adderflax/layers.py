@@ -1,11 +1,10 @@
-"""Linen layers of an adder transformer, built on :mod:`adderflax.operators`.
+"""Linear and convolutional adder layers, built on :mod:`adderflax.operators`.
 
 An adder layer is ``Y = -sum_i |X_i - W_i|`` followed by a LayerNorm: the sums are large and negative
 (about ``-1.13 * fan_in`` for unit-normal input and templates), so the normalization belongs to the layer
 and runs on the float32 sums before anything is rounded to the layer's ``dtype``.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,103 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.operators import adder_attention, adder_conv, adder_matmul, available_implementations
-from adderflax.operators.rules import canonical_rule
+from adderflax.operators import adder_conv, adder_matmul
 
 Array = jax.Array
 Exponent = float | jax.Array  # of the distance; a Python 1.0 selects the kernels of the L1 distance
 GradientRule = str | tuple[str, float]
 
 ARITHMETICS = ("adder", "multiply")
-SIMILARITIES = ("l1", "dot")
 NORMALIZATIONS = ("layer", "none")
 DTYPES = ("float32", "bfloat16")
 _LINEAR_BELOW = 1e-3  # where the power activation is a line instead; normalized outputs are of order 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """What one encoder block computes and with which arithmetic.
-
-    The defaults are the adder block of "Adder Attention for Vision Transformer" as independent readers
-    report it; axis of the normalization and arithmetic of the output projection are our choice.
-
-    Attributes:
-      embed_dim: width of the residual stream.
-      num_heads: attention heads; divides `embed_dim`.
-      mlp_dim: hidden width of the MLP; None means ``4 * embed_dim``.
-      linear: arithmetic of the query, key, value, fc1 and fc2 projections, "adder" or "multiply".
-      output_projection: arithmetic of the attention's output projection.
-      similarity: "l1" for ``-sum_c |q_c - k_c|`` or "dot" for ``q . k``.
-      aggregation: "dot" for the product ``A V`` or "l1" for its adder form.
-      identity: whether I is added to the attention map (the paper's eq. 20, as two readers report it).
-      attention_scale: factor on the similarity; None means ``1/sqrt(2 d (1 - 2/pi))`` for "l1" and
-        ``1/sqrt(d)`` for "dot", d the head width.
-      normalization: "layer" puts a LayerNorm over the features after every linear layer of the block,
-        "none" leaves it out.
-      power_activation: whether `signed_power` with an exponent of its own follows the normalization of
-        every adder linear layer, an adder classifier excepted. Multiplying layers never have it.
-      use_bias: whether multiplying layers of the block have a bias. Adder layers have none.
-      grad_inputs: gradient rule of adder layers towards their input (see `adderflax.adder_matmul`).
-      grad_kernel: gradient rule of adder layers towards their templates.
-      grad_query: gradient rule of the L1 similarity towards the queries.
-      grad_key: gradient rule of the L1 similarity towards the keys.
-      drop_path_rate: stochastic depth, the probability that a sample skips a residual branch.
-      layer_norm_epsilon: added to the variance in every LayerNorm.
-      dtype: computation dtype, "float32" or "bfloat16"; sums, softmax and LayerNorm stay in float32.
-      remat: recompute each block's activations in the backward pass instead of storing them.
-      implementation: operator implementation (see `adderflax.adder_matmul`); None picks by platform.
-
-    Raises:
-      ValueError: a field has a value that is not allowed; the message names it.
-    """
-
-    embed_dim: int = 192
-    num_heads: int = 3
-    mlp_dim: int | None = None
-    linear: str = "adder"
-    output_projection: str = "adder"
-    similarity: str = "l1"
-    aggregation: str = "dot"
-    identity: bool = True
-    attention_scale: float | None = None
-    normalization: str = "layer"
-    power_activation: bool = False
-    use_bias: bool = False
-    grad_inputs: GradientRule = "hardtanh"
-    grad_kernel: GradientRule = "full"
-    grad_query: GradientRule = "hardtanh"
-    grad_key: GradientRule = "hardtanh"
-    drop_path_rate: float = 0.0
-    layer_norm_epsilon: float = 1e-6
-    dtype: str = "float32"
-    remat: bool = False
-    implementation: str | None = None
-
-    def __post_init__(self):
-        for name in ("linear", "output_projection"):
-            require_choice(name, getattr(self, name), ARITHMETICS)
-        for name in ("similarity", "aggregation"):
-            require_choice(name, getattr(self, name), SIMILARITIES)
-        require_normalization(self.normalization, self.power_activation)
-        require_choice("dtype", self.dtype, DTYPES)
-        if self.embed_dim < 1 or self.num_heads < 1 or self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}: every head"
-                " takes embed_dim / num_heads features. Choose a multiple of num_heads."
-            )
-        if self.mlp_dim is not None and self.mlp_dim < 1:
-            raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or None for 4 * embed_dim.")
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
-        for name in ("grad_inputs", "grad_kernel", "grad_query", "grad_key"):
-            canonical_rule(getattr(self, name), name)
-        require_choice("implementation", self.implementation, (None, *available_implementations()))
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        """`dtype` as a NumPy dtype."""
-        return jnp.dtype(self.dtype)
 
 
 def require_choice(name: str, value: Any, allowed: tuple) -> None:
@@ -262,7 +174,7 @@ def signed_power(y: Array, power: Array) -> Array:
     return (y.astype(jnp.float32) * factor).astype(y.dtype)
 
 
-class _MultiplyDense(nn.Module):
+class MultiplyDense(nn.Module):
     """The multiplying twin of `AdderDense`: ``x @ kernel (+ bias)``, then the same normalization; no p."""
 
     features: int
@@ -291,129 +203,3 @@ def layer_norm(epsilon: float, dtype: Any, param_dtype: Any, name: str | None = 
     return nn.LayerNorm(
         epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
     )
-
-
-def dense(
-    config: EncoderConfig,
-    arithmetic: str,
-    features: int,
-    name: str | None = None,
-    *,
-    normalization: str | None = None,
-    power_activation: bool | None = None,
-    use_bias: bool | None = None,
-) -> nn.Module:
-    """The linear layer that `config` describes, in the given arithmetic.
-
-    Args:
-      config: the block's configuration.
-      arithmetic: "adder" or "multiply".
-      features: number of output features.
-      name: Linen name of the layer.
-      normalization: overrides `config.normalization`.
-      power_activation: overrides `config.power_activation`; multiplying layers have none either way.
-      use_bias: overrides `config.use_bias`; adder layers have no bias either way.
-    """
-    shared = {
-        "features": features,
-        "normalization": config.normalization if normalization is None else normalization,
-        "dtype": config.compute_dtype,
-        "epsilon": config.layer_norm_epsilon,
-        "name": name,
-    }
-    if arithmetic == "multiply":
-        return _MultiplyDense(use_bias=config.use_bias if use_bias is None else use_bias, **shared)
-    return AdderDense(
-        power_activation=config.power_activation if power_activation is None else power_activation,
-        grad_x=config.grad_inputs,
-        grad_kernel=config.grad_kernel,
-        implementation=config.implementation,
-        **shared,
-    )
-
-
-class AdderSelfAttention(nn.Module):
-    """Multi-head self-attention in the arithmetic of `config`, [B, T, embed_dim] -> [B, T, embed_dim].
-
-    Queries, keys and values are normalized over the whole embedding before the heads are split. The
-    attention map [B, num_heads, T, T], identity included, is sown as ``attention_weights`` whenever the
-    ``intermediates`` collection is mutable.
-    """
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: Array, mask: Array | None = None, p: Exponent = 1.0) -> Array:
-        """Applies attention.
-
-        Args:
-          x_BxTxD: input tokens.
-          mask: boolean, True where a query may see a key, broadcastable to [B, num_heads, T, T].
-          p: exponent of the distance in the adder projections. Similarity and aggregation have no templates
-            to anneal and stay as configured: an L1 similarity is L1 at every p.
-        """
-        config = self.config
-        B, T, _ = x_BxTxD.shape
-        heads = (B, T, config.num_heads, config.embed_dim // config.num_heads)
-        query, key, value = (
-            dense(config, config.linear, config.embed_dim, name)(x_BxTxD, p).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        capture = self.is_mutable_collection("intermediates")
-        attended = adder_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            identity=config.identity,
-            similarity=config.similarity,
-            aggregation=config.aggregation,
-            scale=config.attention_scale,
-            grad_query=config.grad_query,
-            grad_key=config.grad_key,
-            return_weights=capture,
-            implementation=config.implementation,
-        )
-        if capture:
-            attended, weights_BxHxTxT = attended
-            self.sow("intermediates", "attention_weights", weights_BxHxTxT)
-        attended = attended.astype(config.compute_dtype).reshape(B, T, config.embed_dim)
-        return dense(config, config.output_projection, config.embed_dim, "out")(attended, p)
-
-
-class AdderMlp(nn.Module):
-    """fc1, GELU, fc2 in the arithmetic of `config`, each followed by its normalization."""
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: Array, p: Exponent = 1.0) -> Array:
-        """Applies the MLP to [..., embed_dim], with p as in `AdderDense`; returns the same shape."""
-        config = self.config
-        hidden = 4 * config.embed_dim if config.mlp_dim is None else config.mlp_dim
-        x = dense(config, config.linear, hidden, "fc1")(x_BxTxD, p)
-        return dense(config, config.linear, config.embed_dim, "fc2")(nn.gelu(x), p)
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm transformer block: ``x + Attention(LN(x))``, then ``x + MLP(LN(x))``."""
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: Array, train: bool = False, p: Exponent = 1.0) -> Array:
-        """Applies the block; `train` draws stochastic depth from rng "drop_path"; p as in `AdderDense`."""
-        config = self.config
-
-        def drop_path(branch: Array) -> Array:
-            return nn.Dropout(config.drop_path_rate, broadcast_dims=(1, 2), rng_collection="drop_path")(
-                branch, deterministic=not train
-            )
-
-        def pre_norm(name: str) -> nn.LayerNorm:
-            return layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, name)
-
-        x = x_BxTxD
-        attention, mlp = AdderSelfAttention(config, name="attention"), AdderMlp(config, name="mlp")
-        x = x + drop_path(attention(pre_norm("attention_norm")(x), p=p))
-        return x + drop_path(mlp(pre_norm("mlp_norm")(x), p))

@@ -7,15 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.layers import (
-    ARITHMETICS,
-    EncoderBlock,
-    EncoderConfig,
-    Exponent,
-    dense,
-    layer_norm,
-    require_choice,
-)
+from adderflax.encoder import EncoderBlock, EncoderConfig, dense
+from adderflax.layers import ARITHMETICS, Exponent, layer_norm, require_choice
 
 # Sizes of DeiT (Touvron et al., 2021, table 1) for ImageNet; /4 are the same encoders on 4-pixel patches,
 # for CIFAR-10.
