@@ -1,8 +1,10 @@
 """Models: a frozen dataclass describes one, a Linen module computes it."""
 
 from adderflax.models.addernet_weights import load_addernet_weights
+from adderflax.models.conversion import warm_start
 from adderflax.models.resnet import AdderResNet, AdderResNetConfig
 from adderflax.models.vit import VisionTransformer, VisionTransformerConfig
+from adderflax.models.vit_weights import load_vit_weights
 
 __all__ = [
     "AdderResNet",
@@ -10,4 +12,6 @@ __all__ = [
     "VisionTransformer",
     "VisionTransformerConfig",
     "load_addernet_weights",
+    "load_vit_weights",
+    "warm_start",
 ]
