@@ -13,21 +13,47 @@ from ml_collections import ConfigDict, config_dict
 
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
 from adderflax.models.families import MODULES, ModelConfig, config_class
+from adderflax.training.distillation import DistillationConfig
 from adderflax.training.optimizer import OptimizerConfig
 from adderflax.training.sharding import MeshConfig
 
-_SECTIONS = {
-    "data": DataConfig,
-    "augment": AugmentConfig,
-    "optimizer": OptimizerConfig,
-    "mesh": MeshConfig,
-}
 # These follow from the data set.
 _DERIVED_MODEL_FIELDS = ("image_size", "channels", "num_classes")
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run, with what to change."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """Which trained model the first parameters come from (`adderflax.warm_start`).
+
+    Attributes:
+      source: a trained run's workdir, or a file of weights of timm, DeiT or google-research's ViT
+        (`adderflax.load_vit_weights`); None starts from random parameters.
+      images: training images, without augmentation, on which converted layers are calibrated.
+
+    Raises:
+      ValueError: `images` is not positive.
+    """
+
+    source: str | None = None
+    images: int = 256
+
+    def __post_init__(self):
+        if self.images < 1:
+            raise ValueError(f"warm_start.images={self.images} must be at least 1.")
+
+
+_SECTIONS = {
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "optimizer": OptimizerConfig,
+    "mesh": MeshConfig,
+    "warm_start": WarmStartConfig,
+    "distillation": DistillationConfig,
+}
 
 
 def default_config(arithmetic: str = "adder") -> ConfigDict:
@@ -39,9 +65,10 @@ def default_config(arithmetic: str = "adder") -> ConfigDict:
     Returns:
       A ConfigDict with the sections `data` (`adderflax.data.DataConfig`), `augment`
       (`adderflax.data.AugmentConfig`), `optimizer` (`adderflax.training.optimizer.OptimizerConfig`), `mesh`
-      (`adderflax.training.sharding.MeshConfig`), `model` (`variant`, `arithmetic`, and every field of
-      `adderflax.VisionTransformerConfig` and `adderflax.AdderResNetConfig` that does not follow from the
-      data; unset means: as the variant and the preset say) and the fields of `RunConfig`.
+      (`adderflax.training.sharding.MeshConfig`), `warm_start` (`WarmStartConfig`), `distillation`
+      (`adderflax.training.distillation.DistillationConfig`), `model` (`variant`, `arithmetic`, and every
+      field of `adderflax.VisionTransformerConfig` and `adderflax.AdderResNetConfig` that does not follow from
+      the data; unset means: as the variant and the preset say) and the fields of `RunConfig`.
     """
     config = ConfigDict(_section(RunConfig, skip=(*_SECTIONS, "model")))
     for name, section in _SECTIONS.items():
@@ -77,6 +104,8 @@ class RunConfig:
       augment: training augmentation.
       optimizer: optimizer and schedule.
       mesh: how the devices share the work.
+      warm_start: which trained model the first parameters come from.
+      distillation: which trained model teaches.
       model: variant, arithmetic and changed fields, as `from_variant` of the variant's class takes them.
     """
 
@@ -96,6 +125,8 @@ class RunConfig:
     augment: AugmentConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
+    warm_start: WarmStartConfig
+    distillation: DistillationConfig
     model: dict[str, Any]
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from adderflax.training.distillation import Teacher, distillation_loss, outputs_of
 from adderflax.training.state import Batch, TrainState, annealed_exponent, model_variables, step_inputs
 from adderflax.training.steplog import DivergenceError
 
@@ -54,6 +55,7 @@ def find_culprit(
     *,
     accumulation_steps: int = 1,
     anneal_steps: int = 0,
+    teacher: Teacher | None = None,
 ) -> str:
     """Repeats an update's forward and backward pass and looks at every layer's outputs and gradients.
 
@@ -64,6 +66,7 @@ def find_culprit(
       augment: as `adderflax.training.state.make_train_step` takes it.
       accumulation_steps: parts that the batch is cut into.
       anneal_steps: as `adderflax.training.state.make_train_step` takes it.
+      teacher: the same.
 
     Returns:
       A sentence that names the first layer, in the order of execution, whose output is not finite; where all
@@ -73,6 +76,7 @@ def find_culprit(
     if getattr(model.config, "remat", False):
         model = type(model)(dataclasses.replace(model.config, remat=False))
     exponent = {"p": annealed_exponent(state.step, anneal_steps)} if anneal_steps else {}
+    collections = ["batch_stats", *(teacher.collections if teacher else [])]
     names: list[str] = []
 
     def loss_and_flags(params, images, targets, key):
@@ -88,10 +92,13 @@ def find_culprit(
 
         with nn.intercept_methods(look):
             variables = model_variables(params, state.batch_stats)
-            logits, _ = model.apply(
-                variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **exponent
+            logits, collected = model.apply(
+                variables, images, train=True, rngs={"drop_path": key}, mutable=collections, **exponent
             )
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        if teacher is not None:
+            student, taught = outputs_of(model, logits, collected), teacher.outputs(teacher.variables, images)
+            loss, _ = distillation_loss(teacher.config, student, taught, targets)
         return loss, (flags, jnp.isfinite(loss))
 
     @jax.jit
@@ -116,7 +123,7 @@ def find_culprit(
             name = names[flags.index(False)] or "the classifier as a whole"
             return f"The first layer whose activations are not finite is {name}."
         if not loss:
-            return "All activations are finite, but the logits are too large for a finite loss."
+            return "All activations are finite, but they are too large for a finite loss."
     order = {name: position for position, name in enumerate(names) if name}
     for *_, gradients in reports:
         if broken := _broken(gradients):

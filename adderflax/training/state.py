@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from adderflax.training import sharding
+from adderflax.training.distillation import Teacher, distillation_loss, outputs_of
 
 Batch = dict[str, jax.Array]
 
@@ -59,6 +60,7 @@ def init_state(
     seed: int,
     with_ema: bool,
     mesh: Mesh,
+    params: Any = None,
 ) -> TrainState:
     """Initializes the state on the mesh, cut as it rests there.
 
@@ -68,12 +70,14 @@ def init_state(
       seed: seed of the initialization and of everything random in the run.
       with_ema: whether an average of the parameters is kept.
       mesh: the devices.
+      params: parameters to begin with, on the host; None draws them at random.
     """
 
-    def new_state():
-        return _new_state(model, optimizer, seed, with_ema)
+    def new_state(params):
+        return _new_state(model, optimizer, seed, with_ema, params)
 
-    return jax.jit(new_state, out_shardings=sharding.resting(jax.eval_shape(new_state), mesh))()
+    shardings = sharding.resting(jax.eval_shape(new_state, params), mesh)
+    return jax.jit(new_state, out_shardings=shardings)(params)
 
 
 def abstract_state(
@@ -92,12 +96,13 @@ def abstract_state(
     return jax.tree.map(place, shapes, sharding.resting(shapes, mesh))
 
 
-def _new_state(model, optimizer, seed, with_ema) -> TrainState:
+def _new_state(model, optimizer, seed, with_ema, params=None) -> TrainState:
     init_key, key = jax.random.split(jax.random.key(seed))
     config = model.config
     images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
     variables = model.init(init_key, images)
-    params, batch_stats = variables["params"], variables.get("batch_stats")
+    params = variables["params"] if params is None else params
+    batch_stats = variables.get("batch_stats")
     averages = jax.tree.map(jnp.copy, (params, batch_stats)) if with_ema else (None, None)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -135,6 +140,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     skip_nonfinite_steps: int = 0,
     anneal_steps: int = 0,
+    teacher: Teacher | None = None,
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles one update over a whole batch; the state is donated.
@@ -151,36 +157,45 @@ def make_train_step(
       skip_nonfinite_steps: an update whose loss or gradient is not finite changes nothing but the state's
         `step` and `skipped`. After more than so many of them not even `step` changes any more: the state
         stays what it was before the last one.
+      teacher: a trained model whose outputs on the same images count in the loss.
       anneal_steps: updates over which the exponent p of the adder layers' ``-sum |x - w|^p`` falls linearly
         from 2 to 1 (Universal Adder Neural Networks, Chen et al. 2021).
       mesh: the devices.
 
     Returns:
       ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy, gradient_norm and
-      parameter_norm, the last one of the new parameters, and the int32 scalar skipped.
+      parameter_norm, the last one of the new parameters, and the int32 scalar skipped; with a teacher also
+      the parts of the loss (`adderflax.training.distillation.distillation_loss`).
     """
 
-    def loss_and_more(params, batch_stats, exponent, images, targets, key):
-        logits, updated = model.apply(
+    collections = ["batch_stats", *(teacher.collections if teacher else [])]
+
+    def loss_and_more(params, batch_stats, taught, exponent, images, targets, key):
+        logits, collected = model.apply(
             model_variables(params, batch_stats),
             images,
             train=True,
             rngs={"drop_path": key},
-            mutable=["batch_stats"],
+            mutable=collections,
             **exponent,
         )
-        losses = optax.softmax_cross_entropy(logits, targets)
+        if teacher is None:
+            loss, parts = jnp.mean(optax.softmax_cross_entropy(logits, targets)), {}
+        else:
+            student = outputs_of(model, logits, collected)
+            loss, parts = distillation_loss(teacher.config, student, teacher.outputs(taught, images), targets)
         hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
-        return jnp.mean(losses), (jnp.mean(hits.astype(jnp.float32)), updated.get("batch_stats"))
+        parts["accuracy"] = jnp.mean(hits.astype(jnp.float32))
+        return loss, (parts, collected.get("batch_stats"))
 
     def value_and_grad(params, *part):
         value, gradients = jax.value_and_grad(loss_and_more, has_aux=True)(params, *part)
         # Each device keeps the part of the sum whose parameters it updates.
         return value, sharding.constrain(gradients, sharding.resting, mesh)
 
-    def whole_batch(state, exponent, images, targets, model_key):
+    def whole_batch(state, taught, exponent, images, targets, model_key):
         params = sharding.constrain(state.params, sharding.computing, mesh)
-        one_part = partial(value_and_grad, params, state.batch_stats, exponent)
+        one_part = partial(value_and_grad, params, state.batch_stats, taught, exponent)
         if accumulation_steps == 1:
             return one_part(images, targets, model_key)
 
@@ -198,17 +213,18 @@ def make_train_step(
         parts = leaf.reshape(-1, accumulation_steps, *leaf.shape[1:])
         return jnp.swapaxes(parts, 0, 1)
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, taught: Any = None):
         inputs = step_inputs(state, batch, augment)
         if anneal_steps:
+            exponent = {"p": annealed_exponent(state.step, anneal_steps)}
             # Once p has arrived at 1, the kernels of the L1 distance take over.
-            (loss, (accuracy, batch_stats)), gradients = jax.lax.cond(
+            (loss, (parts, batch_stats)), gradients = jax.lax.cond(
                 state.step < anneal_steps,
-                lambda: whole_batch(state, {"p": annealed_exponent(state.step, anneal_steps)}, *inputs),
-                lambda: whole_batch(state, {}, *inputs),
+                lambda: whole_batch(state, taught, exponent, *inputs),
+                lambda: whole_batch(state, taught, {}, *inputs),
             )
         else:
-            (loss, (accuracy, batch_stats)), gradients = whole_batch(state, {}, *inputs)
+            (loss, (parts, batch_stats)), gradients = whole_batch(state, taught, {}, *inputs)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -234,7 +250,7 @@ def make_train_step(
         state = state.replace(step=state.step + jnp.where(over, 0, 1), skipped=skipped)
         metrics = {
             "loss": loss,
-            "accuracy": accuracy,
+            **parts,
             "gradient_norm": gradient_norm,
             "parameter_norm": optax.tree.norm(state.params),
             "skipped": skipped,
@@ -243,12 +259,18 @@ def make_train_step(
 
     shapes = jax.eval_shape(lambda: _new_state(model, optimizer, 0, ema_decay > 0))
     state, rows = sharding.resting(shapes, mesh), sharding.batch_sharding(mesh)
-    return jax.jit(
+    everywhere = sharding.replicated(mesh)
+    compiled = jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(state, rows),
-        out_shardings=(state, sharding.replicated(mesh)),
+        in_shardings=(state, rows, everywhere) if teacher else (state, rows),
+        out_shardings=(state, everywhere),
     )
+    if teacher is None:
+        return compiled
+    # An argument, not a constant: constants would be compiled into the program.
+    taught = jax.device_put(teacher.variables, everywhere)
+    return lambda state, batch: compiled(state, batch, taught)
 
 
 def make_eval_step(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from adderflax import data as data_lib
 from adderflax.models.families import build_model
-from adderflax.training import distributed, divergence, environment, profiling, sharding
+from adderflax.training import distributed, divergence, environment, inheritance, profiling, sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.config import ConfigError, RunConfig
@@ -59,12 +59,13 @@ class Trainer:
             heads = getattr(model, "num_heads", None)
             hidden = heads and (model.mlp_dim or 4 * model.embed_dim)
             sharding.require_tensor_fits(self.mesh, heads, hidden)
+            self.model = build_model(model)
+            self._teacher = inheritance.load_teacher(self.config.distillation, self.dataset.info, self.model)
             self._share = dict(zip(("process_index", "process_count"), sharding.process_share(self.mesh)))
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.model = build_model(model)
         self.total_steps = self.config.num_steps(self.dataset.info)
         self.optimizer, self._schedule = make_optimizer(self.config.optimizer, self.total_steps)
         self._anneal_steps = round(self.config.anneal_fraction * self.total_steps)
@@ -78,6 +79,7 @@ class Trainer:
             accumulation_steps=self.config.accumulation_steps,
             skip_nonfinite_steps=self.config.skip_nonfinite_steps,
             anneal_steps=self._anneal_steps,
+            teacher=self._teacher,
             mesh=self.mesh,
         )
         self.eval_step = make_eval_step(
@@ -85,8 +87,19 @@ class Trainer:
         )
 
     def new_state(self) -> TrainState:
-        """The state at step 0."""
-        return init_state(self.model, self.optimizer, seed=self.config.seed, **self._state_options)
+        """The state at step 0.
+
+        Raises:
+          ConfigError: the model that `warm_start` names cannot be used.
+        """
+        run = self.config
+        try:
+            inherited = inheritance.inherited_params(
+                run.warm_start, self.model.config, self.dataset, run.data
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return init_state(self.model, self.optimizer, seed=run.seed, params=inherited, **self._state_options)
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, to restore into."""
@@ -115,6 +128,7 @@ class Trainer:
             self._augment,
             accumulation_steps=self.config.accumulation_steps,
             anneal_steps=self._anneal_steps,
+            teacher=self._teacher,
         )
 
     def _augment(self, key, images, labels):
@@ -317,8 +331,9 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     saved = workdir_lib.read_config(workdir)
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict())
-    # The mesh is one of where the run was trained; here is somewhere else.
-    trainer = Trainer(saved | {"mesh": {}} if config is None else config)
+    # The mesh is one of where the run was trained; here is somewhere else. Nor is a teacher needed any more.
+    described = saved | {"mesh": {}} if config is None else config.to_dict()
+    trainer = Trainer(described | {"distillation": {}})
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
         if checkpointer.latest_step is None:
             raise WorkdirError(

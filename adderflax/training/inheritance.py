@@ -1,0 +1,83 @@
+"""What a run takes over from models that are trained already: first weights, and a teacher."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from adderflax.data import DataConfig, Dataset, DatasetInfo, evaluation_batches, normalize_batch
+from adderflax.models import VisionTransformer, VisionTransformerConfig, load_vit_weights, warm_start
+from adderflax.models.families import ModelConfig
+from adderflax.models.vit import PRESETS
+from adderflax.training.config import WarmStartConfig
+from adderflax.training.distillation import DistillationConfig, Teacher
+from adderflax.training.restore import load_model
+from adderflax.training.workdir import WorkdirError
+
+
+def load_teacher(config: DistillationConfig, info: DatasetInfo, student: nn.Module) -> Teacher | None:
+    """The teacher of a run on a data set, or None where the configuration names none.
+
+    Raises:
+      ValueError: there is no trained run, it saw other images or classes, or what is to be compared differs
+        between it and the student; the message names it.
+    """
+    if config.teacher is None:
+        return None
+    try:
+        model, variables, seen = load_model(config.teacher)
+    except WorkdirError as error:
+        raise ValueError(f"distillation.teacher={config.teacher!r} cannot be loaded. {error}") from error
+    for name in ("image_size", "channels", "class_names", "mean", "std"):
+        if not np.array_equal(getattr(seen, name), getattr(info, name)):
+            raise ValueError(
+                f"distillation.teacher={config.teacher!r} was trained on {seen.name!r}, whose {name} differs"
+                f" from that of {info.name!r}: teacher and student see the same images and name the same"
+                " classes. Choose a teacher trained on this data set at this data.image_size."
+            )
+    teacher = Teacher(model, variables, config)
+    teacher.require_fits(student)
+    return teacher
+
+
+def inherited_params(
+    config: WarmStartConfig, model: ModelConfig, dataset: Dataset, data: DataConfig
+) -> dict[str, Any] | None:
+    """The parameters that a run of `model` begins with, on the host, or None where none are inherited.
+
+    Args:
+      config: the source.
+      model: the model to start.
+      dataset: its images, for the calibration.
+      data: the data set's configuration.
+
+    Raises:
+      ValueError: the source cannot be read, or does not fit the model; the message names it.
+    """
+    if config.source is None:
+        return None
+    if not isinstance(model, VisionTransformerConfig):
+        raise ValueError(
+            f"warm_start.source={config.source!r} cannot start this model: only Vision Transformers are"
+            " converted. For AdderNet's residual network see `adderflax.load_addernet_weights`."
+        )
+    source = Path(config.source)
+    try:
+        if source.is_dir():
+            module, variables, _ = load_model(source)
+            if not isinstance(module, VisionTransformer):
+                raise ValueError("it holds no Vision Transformer, and no other model can be converted.")
+            model_from, params = module.config, variables["params"]
+        else:
+            model_from = dataclasses.replace(model, **PRESETS["vit"])
+            params = load_vit_weights(source, model_from)
+        # The first images of the training part, whose order is random; every process takes the same.
+        count = min(config.images, len(dataset.train))
+        batch = next(evaluation_batches(dataset, "train", data, batch_size=count))
+        images = normalize_batch(batch["image"], dataset.info)
+        return jax.device_get(warm_start(jax.device_get(params), model_from, model, images))
+    except (OSError, ValueError, WorkdirError) as error:
+        raise ValueError(f"warm_start.source={config.source!r} cannot be used: {error}") from error

@@ -1,0 +1,124 @@
+"""Warm start and teacher: a run that begins with, or learns from, the weights of another one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from adderflax.data import normalize_batch
+from adderflax.training import sharding
+from adderflax.training.config import ConfigError, WarmStartConfig, default_config
+from adderflax.training.distillation import DistillationConfig, Outputs, distillation_loss
+from adderflax.training.inheritance import inherited_params, load_teacher
+from adderflax.training.restore import load_model
+from adderflax.training.trainer import Trainer, train
+
+
+def small_config(arithmetic="adder", **fields):
+    """One block of width 16 on 4-pixel patches of the digits, without augmentation."""
+    config = default_config(arithmetic)
+    config.update_from_flattened_dict(
+        {
+            "batch_size": 32,
+            "total_steps": 2,
+            "checkpoint_every": 1,
+            "model.patch_size": 4,
+            "model.embed_dim": 16,
+            "model.num_heads": 2,
+            "model.depth": 1,
+            "model.implementation": "reference",
+        }
+        | fields
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """The workdir of a multiplying run."""
+    workdir = tmp_path_factory.mktemp("twin")
+    with jax.numpy_dtype_promotion("standard"):
+        train(small_config("multiply"), workdir, progress=False)
+    return workdir
+
+
+def test_the_loss_is_the_one_of_the_teachers_outputs(twin):
+    teaching = {"soft_labels": 0.5, "attention": 2.0, "features": 3.0}
+    fields = {f"distillation.{name}": weight for name, weight in teaching.items()}
+    run = Trainer(small_config(**fields, **{"distillation.teacher": str(twin), "accumulation_steps": 2}))
+    state, batch = run.new_state(), next(run.train_batches())
+    images = normalize_batch(batch["image"], run.dataset.info)
+    targets = jax.nn.one_hot(batch["label"], 10)
+
+    def outputs(model, variables):
+        logits, sown = model.apply(variables, images, mutable=["intermediates"])
+        return Outputs(logits, sown["intermediates"], identity=True)
+
+    teacher_model, teacher_variables, _ = load_model(twin)
+    expected, parts = distillation_loss(
+        DistillationConfig(teacher="x", **teaching),
+        outputs(run.model, state.evaluated_variables),
+        outputs(teacher_model, teacher_variables),
+        targets,
+    )
+    state, metrics = run.train_step(state, sharding.put_batch(batch, run.mesh))
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+    for name, part in parts.items():
+        np.testing.assert_allclose(metrics[name], part, rtol=1e-4, err_msg=name)
+
+
+def test_a_warm_start_is_the_converted_source(twin):
+    source = {"warm_start.source": str(twin), "warm_start.images": 64}
+    run, same = Trainer(small_config(**source, ema_decay=0.9)), Trainer(small_config("multiply", **source))
+    _, trained, _ = load_model(twin)
+    jax.tree.map(np.testing.assert_array_equal, same.new_state().params, trained["params"])
+
+    state = run.new_state()
+    cold = Trainer(small_config()).new_state()
+    images = normalize_batch(next(run.train_batches())["image"], run.dataset.info)
+
+    def agreement(params):
+        logits = run.model.apply({"params": params}, images)
+        wanted = same.model.apply(trained, images)
+        return np.corrcoef(np.ravel(logits), np.ravel(wanted))[0, 1]
+
+    assert agreement(state.params) > max(0.5, agreement(cold.params) + 0.3)
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+
+
+@pytest.mark.slow
+def test_an_inherited_run_goes_on_without_its_source(twin, tmp_path):
+    (tmp_path / "source").symlink_to(twin)
+    # Parameters and average are given away with every update, so they must lie in different buffers.
+    fields = {"warm_start.source": str(tmp_path / "source"), "ema_decay": 0.9}
+    config = small_config(**fields, total_steps=1)
+    train(config, tmp_path / "run", progress=False)
+    (tmp_path / "source").unlink()
+    config.total_steps = 2
+    assert train(config, tmp_path / "run", extend=True, progress=False)["steps"] == 2
+    with pytest.raises(ConfigError, match="warm_start.source='.*source' cannot be used: .* is not a file"):
+        train(config, tmp_path / "other", progress=False)
+
+
+def test_what_cannot_be_inherited_is_named(twin, tmp_path):
+    run = Trainer(small_config())
+    info = run.dataset.info
+    with pytest.raises(ValueError, match="distillation.teacher='.*' cannot be loaded.*config.json"):
+        load_teacher(DistillationConfig(teacher=str(tmp_path), soft_labels=1.0), info, run.model)
+    other = dataclasses.replace(info, mean=(0.25,))
+    with pytest.raises(ValueError, match="trained on 'digits', whose mean differs"):
+        load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0), other, run.model)
+    deeper = {"model.depth": 2, "distillation.teacher": str(twin), "distillation.features": 1.0}
+    with pytest.raises(ConfigError, match="the student has 2 blocks and the teacher 1"):
+        Trainer(small_config(**deeper))
+    with pytest.raises(ConfigError, match="distillation.soft_labels=1.0 without a teacher"):
+        Trainer(small_config(**{"distillation.soft_labels": 1.0}))
+    wide = dataclasses.replace(run.model.config, embed_dim=32)
+    source = WarmStartConfig(source=str(twin))
+    with pytest.raises(ValueError, match="warm_start.source='.*' cannot be used: .*embed_dim"):
+        inherited_params(source, wide, run.dataset, run.config.data)
+    with pytest.raises(ValueError, match="warm_start.images=0 must be at least 1"):
+        WarmStartConfig(images=0)
+    assert inherited_params(WarmStartConfig(), wide, run.dataset, run.config.data) is None
+    assert load_teacher(DistillationConfig(), info, run.model) is None
