@@ -17,6 +17,7 @@ import numpy as np
 from adderflax.analysis import figures
 from adderflax.analysis.diversity import Diversity, measure_workdir
 from adderflax.data import DatasetNotReadyError
+from adderflax.training import profiling
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", metavar="DIR", help="write figures, singular values and pictures there")
     arguments = parser.parse_args(argv)
+    profiling.keep_compiled_programs()
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened to read is read-only

@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"skipped: {reason}")
         return
     kept = arguments.output.with_suffix(".jsonl")
-    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     rows = []
     try:
+        known = _finished(kept)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         for file in arguments.config or _CONFIGS:
             for pod in arguments.pod or pods.PODS:
@@ -48,6 +48,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ConfigError, OSError, concurrent.futures.BrokenExecutor) as error:
         sys.exit(f"error: {error}")
     print(pods.as_table(rows))
+
+
+def _finished(kept: Path) -> list[dict[str, Any]]:
+    """The rows of earlier calls."""
+    rows = []
+    for number, line in enumerate(kept.read_text().splitlines() if kept.exists() else (), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(
+                f"Line {number} of {kept} is no finished row, perhaps cut short by a full disk. Delete it;"
+                " then the row is compiled again."
+            ) from error
+    return rows
 
 
 def _row(file: str, overrides: list[str], pod: str, known: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from adderflax.data import normalize_batch, preprocess_image
+from adderflax.training import profiling
 from adderflax.training.config import ConfigError
 from adderflax.training.restore import load_model
 from adderflax.training.workdir import WorkdirError
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--best", action="store_true", help="use the best checkpoint, not the newest")
     parser.add_argument("--json", action="store_true", help="print one JSON object an image")
     arguments = parser.parse_args(argv)
+    profiling.keep_compiled_programs()
     from absl import logging
     from PIL import Image
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from adderflax.analysis.study import StudyError, load_study, run_study
 from adderflax.analysis.study_page import write_page
 from adderflax.data import DatasetNotReadyError
+from adderflax.training import profiling
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--keep_checkpoints", action="store_true", help="keep the checkpoints of finished runs"
     )
     arguments = parser.parse_args(argv)
+    profiling.keep_compiled_programs()
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # orbax reports every file

@@ -20,7 +20,15 @@ tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
 
 on_every_worker() { tpus tpu-vm ssh "$TPU" --worker=all --command="$1"; }
 
-request_state() { tpus queued-resources describe "$TPU" --format='value(state.state)' 2>/dev/null || true; }
+# Empty where there is no such request; UNKNOWN where the question failed, which is no reason to ask for another.
+request_state() {
+  local problem
+  problem=$(mktemp)
+  if ! tpus queued-resources describe "$TPU" --format='value(state.state)' 2>"$problem"; then
+    grep -q NOT_FOUND "$problem" || { cat "$problem" >&2 && echo UNKNOWN; }
+  fi
+  rm "$problem"
+}
 
 ready() { [ "$(tpus tpu-vm describe "$TPU" --format='value(state)' 2>/dev/null)" = READY ]; }
 
@@ -39,11 +47,18 @@ wait_until_ready() {
     case "$(request_state)" in
       ACTIVE) if ready; then return; fi ;;
       "") create ;;
-      SUSPENDED | FAILED) delete ;; # what a preempted spot slice ends in; it never comes back by itself
+      # SUSPENDED is what a preempted spot slice ends in; it never comes back by itself.
+      SUSPENDED | FAILED)
+        tpus queued-resources describe "$TPU" --format='yaml(state)' >&2 || true
+        delete || echo "The old request is not deleted yet: trying again" >&2
+        ;;
     esac
     sleep "$POLL"
   done
 }
+
+# Takes up a run whose connection was lost, and leaves its files alone until it has ended.
+AWAIT='while systemctl is-active --quiet adderflax; do sleep 10; done'
 
 install() {
   local archive
@@ -52,6 +67,7 @@ install() {
   git archive --format=tar.gz --output="$archive" HEAD &&
     tpus tpu-vm scp "$archive" "$TPU:adderflax.tar.gz" --worker=all &&
     on_every_worker "set -e
+      $AWAIT
       $SETUP
       mkdir -p adderflax && tar -xzf adderflax.tar.gz -C adderflax
       [ -x .local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
@@ -61,28 +77,30 @@ install() {
 }
 
 run() {
-  # As a service: it outlives the connection, and a shutdown sends it SIGTERM and waits, so that it saves.
-  # Waiting first takes up a run whose connection was lost.
-  on_every_worker "while systemctl is-active --quiet adderflax; do sleep 10; done
+  # As a service: it outlives the connection, and a shutdown sends it SIGTERM and waits, so that it saves. Being
+  # ordered after network file systems, it is stopped before they are taken away.
+  on_every_worker "$AWAIT
     sudo systemd-run --unit=adderflax --uid=\$(id -u) --collect --wait --pipe --quiet \
       --working-directory=\$HOME/adderflax --setenv=HOME=\$HOME \
       ${CACHE:+--setenv=JAX_COMPILATION_CACHE_DIR=$CACHE} \
+      --property=After=network-online.target --property=After=remote-fs.target \
       --property=LimitMEMLOCK=infinity --property=LimitNOFILE=1048576 --property=TimeoutStopSec=120 \
       \$HOME/venv/bin/python train.py --distributed --noprogress $(printf '%q ' "$@")"
 }
 
 watch() {
-  local code
+  local code step
   while true; do
     wait_until_ready
-    code=0
-    { install && run "$@"; } || code=$?
+    code=0 step="The installation"
+    { install && step=train.py && run "$@"; } || code=$?
     if [ "$code" = 0 ]; then return; fi
     sleep "$POLL"
     # 75: the run was told to stop, and saved. 255: the connection was lost. Else a slice that is still there
     # has failed for a reason of its own, which would come again.
     if [ "$code" != 75 ] && [ "$code" != 255 ] && ready; then
-      echo "train.py ended with code $code; its messages are above, and in: journalctl --unit adderflax" >&2
+      echo "$step ended with code $code; its messages are above, those of train.py also in:" \
+        "journalctl --unit adderflax" >&2
       return "$code"
     fi
     echo "Interrupted (code $code): going on from the newest checkpoint" >&2

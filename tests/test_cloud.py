@@ -13,9 +13,15 @@ GCLOUD = """#!/usr/bin/env bash
 cd "$(dirname "$0")"
 echo "$*" | tr '\\n' ' ' >> log; echo >> log
 case "$*" in
-  *"queued-resources describe"*) cat state ;;
+  *"queued-resources describe"*)
+    if [ -e unreachable ]; then rm unreachable; echo "ERROR: the network is gone" >&2; exit 1; fi
+    [ -s state ] || { echo "ERROR: (gcloud) NOT_FOUND: no such resource" >&2; exit 1; }
+    cat state ;;
   *"queued-resources create"*) echo ACTIVE > state ;;
-  *"queued-resources delete"*) : > state ;;
+  *"queued-resources delete"*)
+    if [ -e busy ]; then rm busy; exit 1; fi
+    : > state ;;
+  *"uv pip install"*) exit "$(cat installing)" ;;
   *"tpu-vm describe"*) [ "$(cat state)" = ACTIVE ] && echo READY ;;
   *systemd-run*)
     code=$(head -n 1 codes); sed -i 1d codes
@@ -27,11 +33,18 @@ esac
 
 @pytest.fixture
 def watch(tmp_path):
-    """Runs `watch` with trainings that end in these codes; "gone75" also takes the slice away."""
+    """Runs `watch` with trainings that end in these codes; "gone75" also takes the slice away.
+
+    What it is given besides are hindrances: "unreachable" fails the first question after the slice's state,
+    "busy" the first deletion.
+    """
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("the script sends the checkout's HEAD, and this is no checkout")
 
-    def run(*codes):
+    def run(*codes, hindrances=(), installing=0):
+        for hindrance in hindrances:
+            (tmp_path / hindrance).touch()
+        (tmp_path / "installing").write_text(str(installing))
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
         (tmp_path / "state").touch()
         gcloud = tmp_path / "gcloud"
@@ -69,6 +82,20 @@ def test_a_run_that_fails_by_itself_is_not_repeated(watch):
     done, steps, _ = watch("1")
     assert done.returncode == 1 and "train.py ended with code 1" in done.stderr
     assert steps.count("systemd-run") == 1 and "delete" not in steps
+
+
+def test_what_passes_does_not_end_the_watch(watch):
+    """A question that fails asks for no second slice, and a deletion that fails is repeated."""
+    done, steps, _ = watch("gone75", "0", hindrances=("unreachable", "busy"))
+    assert done.returncode == 0 and "the network is gone" in done.stderr, done.stderr
+    once = ["scp", "uv pip install", "systemd-run"]
+    assert steps == ["create", *once, "delete", "delete", "create", *once]
+
+
+def test_an_installation_that_fails_is_named(watch):
+    done, steps, _ = watch(installing=2)
+    assert done.returncode == 2 and "The installation ended with code 2" in done.stderr
+    assert steps == ["create", "scp", "uv pip install"]
 
 
 def test_help(watch):

@@ -164,7 +164,9 @@ class Checkpointer:
             failed, self._saving = self._saving, None
             self._figures.pop(failed, None)
             kept = f"checkpoint {self.latest_step} is intact" if self._figures else "none was saved before"
-            reason = "the disk is full" if "No space left" in str(error) else str(error).splitlines()[0]
+            # Some errors, such as a failed assertion, have no text.
+            text = str(error).strip() or type(error).__name__
+            reason = "the disk is full" if "No space left" in text else text.splitlines()[0]
             raise WorkdirError(
                 f"Checkpoint {failed} could not be written to {self._directory}: {reason}. The run stops;"
                 f" {kept}. Make room or mend the disk; the same command goes on from there."

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.experimental import multihost_utils
 
 from adderflax.training.distillation import Teacher, distillation_loss, outputs_of
 from adderflax.training.state import Batch, TrainState, annealed_exponent, model_variables, step_inputs
@@ -30,8 +31,12 @@ def explain(
     report = {"step": error.step, "figures": str(error)}
     details = ""
     if error.batch is not None:
-        indices = error.batch["index"].tolist()
-        report |= {"culprit": find(error.batch), "indices": indices}
+        indices = _of_all_processes(error.batch["index"])
+        try:
+            culprit = find(error.batch)
+        except Exception as failure:  # without rematerialization there may be no memory for the search
+            culprit = f"Which layer went first could not be found out ({str(failure).splitlines()[0]})."
+        report |= {"culprit": culprit, "indices": indices}
         shown = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" * (len(indices) > 8))
         details = f" {report['culprit']} It was computed on training examples {shown}."
     file = workdir / "divergence.json"
@@ -45,6 +50,13 @@ def explain(
         step=error.step,
         batch=error.batch,
     )
+
+
+def _of_all_processes(indices: np.ndarray) -> list[int]:
+    """The whole batch's: each process holds its own part of it, or the same one as its neighbors."""
+    if jax.process_count() > 1:
+        indices = multihost_utils.process_allgather(indices)
+    return list(dict.fromkeys(indices.reshape(-1).tolist()))
 
 
 def find_culprit(

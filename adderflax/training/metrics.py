@@ -1,10 +1,14 @@
 """Writing figures: one JSON object a line, and TensorBoard events beside them."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 class MetricsWriter:
@@ -12,6 +16,9 @@ class MetricsWriter:
 
     Lines after `step`, which a killed run wrote past its last checkpoint, are cut off first: the file then
     reads as if the run had never been interrupted. Of several processes the first one alone writes.
+
+    Both are written before `write` returns. tensorboardX's own SummaryWriter leaves that to a thread, which a
+    full disk ends silently: the run would then wait for it forever.
     """
 
     def __init__(self, workdir: str | Path, step: int):
@@ -30,7 +37,11 @@ class MetricsWriter:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
         scratch.replace(self._path)
         self._file = self._path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+        directory = Path(workdir) / "tensorboard"
+        directory.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"), filename_suffix=f".{os.getpid()}")
+        # Of earlier files TensorBoard shows nothing from this step on.
+        self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -38,15 +49,20 @@ class MetricsWriter:
     def __exit__(self, *_) -> None:
         if self._writes:
             self._file.close()
-            self._tensorboard.close()
+            self._events.close()
 
     def write(self, step: int, **figures: float) -> None:
-        """Writes one line ``{"step": step, **figures}`` and the same scalars to TensorBoard."""
+        """Writes one line ``{"step": step, **figures}`` and the same scalars to TensorBoard.
+
+        Raises:
+          OSError: the disk is full, or cannot be written for another reason.
+        """
         if not self._writes:
             return
         self._file.write(json.dumps({"step": step} | figures) + "\n")
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._events.flush()
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:

@@ -72,9 +72,13 @@ class StopSignals:
         for number, handler in self._previous.items():
             # None is a handler that was not set from Python; Python cannot set it again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self._received and kind is None:
-            # It came too late for anybody to ask for it.
-            signal.raise_signal(self._received)
+        if kind is None:
+            self._agree()
+            if self._agreed:
+                # Nobody asked for it any more: it came during the last validation, for instance.
+                name = signal.Signals(self._agreed).name
+                _say(f"Stopped by {name} after the last step; the same command goes on from there\n")
+                raise Preempted
 
     def should_stop(self, step: int) -> bool:
         """Whether to save and stop after update `step`: the same answer in every process.
@@ -82,12 +86,14 @@ class StopSignals:
         With several processes every one must ask after every update; they answer together every few updates,
         and where one was told to stop, all stop.
         """
-        if jax.process_count() == 1:
-            self._agreed = self._received
-        elif step % _AGREE_EVERY == 0:
-            everyone = multihost_utils.process_allgather(np.int32(self._received))
-            self._agreed = int(np.max(everyone))
+        if jax.process_count() == 1 or step % _AGREE_EVERY == 0:
+            self._agree()
         return self._agreed != 0
+
+    def _agree(self) -> None:
+        self._agreed = self._received
+        if jax.process_count() > 1:
+            self._agreed = int(np.max(multihost_utils.process_allgather(np.int32(self._received))))
 
     def stop(self, step: int, say: Callable[[str], None]) -> NoReturn:
         """Ends a run that `should_stop` and that has saved update `step`.

@@ -42,7 +42,8 @@ def profiled(steps: range, chosen: range | None, workdir: str | Path) -> Iterato
       workdir: the run's directory.
 
     Yields:
-      Each of `steps`; the trace ends when the loop over them does, however it ends.
+      Each of `steps`. The trace ends with the last of them or when the generator is closed: where an error
+      may end the loop, give it to `contextlib.closing`, or a traceback keeps it open.
     """
     directory = Path(workdir) / "profile"
     wanted = range(max(steps.start, chosen.start), min(steps.stop, chosen.stop)) if chosen else range(0)
@@ -70,7 +71,7 @@ def profiled(steps: range, chosen: range | None, workdir: str | Path) -> Iterato
 
 
 def keep_compiled_programs() -> Path | None:
-    """Turns JAX's persistent compilation cache on, for the commands that train and evaluate.
+    """Turns JAX's persistent compilation cache on, for every command that computes with a model.
 
     Programs that took a second or more to compile are kept in ``$JAX_COMPILATION_CACHE_DIR`` where that is
     set, else in ``adderflax/jax`` under ``$XDG_CACHE_HOME`` or ``~/.cache``. JAX's key covers its own

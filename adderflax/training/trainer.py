@@ -16,7 +16,7 @@ from adderflax.models.families import build_model
 from adderflax.training import distributed, divergence, environment, inheritance, profiling, sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
-from adderflax.training.config import ConfigError, RunConfig
+from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.preemption import StopSignals
@@ -217,7 +217,7 @@ def train(
             # The first process writes; it holds the directory for all.
             if first_process:
                 held.enter_context(workdir_lib.writing(workdir))
-                workdir_lib.open_workdir(workdir, plain, extend=extend)
+                workdir_lib.open_workdir(workdir, plain, extend=extend, defaults=_defaults(plain))
             return Path(workdir).absolute()
 
         workdir = distributed.first_process_first(hold, "open_workdir")
@@ -235,6 +235,8 @@ def train(
                 f"The workdir {workdir} is at step {first} already, past the {total} steps asked for: a run"
                 " can be extended, not cut short. Choose another directory with --workdir."
             )
+        if first_process:
+            workdir_lib.write_config(workdir, plain)
         if first >= total and (summary := workdir_lib.read_summary(workdir, steps=total)):
             print(f"Finished at step {total}, nothing left to do", flush=True)
             print(_line(total, summary), flush=True)
@@ -261,8 +263,9 @@ def train(
             ) as log,
         ):
             steps = profiling.profiled(range(first + 1, total + 1), profile_steps, workdir)
-            state = _update(trainer, state, batches, steps, log, checkpointer, workdir)
-        checkpointer.wait()
+            # Closed here: the traceback of what ends the loop would keep the trace open.
+            with contextlib.closing(steps):
+                state = _update(trainer, state, batches, steps, log, checkpointer, workdir)
         summary = trainer.evaluate(state, "test") | {
             "steps": total,
             "best_step": checkpointer.best_step,
@@ -310,6 +313,8 @@ def _update(
                 if stops:
                     checkpointer.wait()
                     signals.stop(step, log.note)
+            # A signal does not cut the last save short either.
+            checkpointer.wait()
     except DivergenceError as error:
         raise divergence.explain(error, workdir, lambda batch: trainer.find_culprit(state, batch)) from error
     return state
@@ -330,7 +335,7 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     """
     saved = workdir_lib.read_config(workdir)
     if config is not None:
-        workdir_lib.require_same(workdir, config.to_dict())
+        workdir_lib.require_same(workdir, config.to_dict(), defaults=_defaults(config.to_dict()))
     # The mesh is one of where the run was trained; here is somewhere else. Nor is a teacher needed any more.
     described = saved | {"mesh": {}} if config is None else config.to_dict()
     trainer = Trainer(described | {"distillation": {}})
@@ -342,6 +347,11 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
             )
         state = checkpointer.restore_state(trainer.abstract_state())
         return {"steps": int(state.step)} | trainer.evaluate(state, "test")
+
+
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What the fields had, in effect, in a run that is older than they are."""
+    return default_config(config["model"]["arithmetic"]).to_dict()
 
 
 def _make_mesh(run: RunConfig) -> Mesh:

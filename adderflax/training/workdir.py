@@ -31,7 +31,10 @@ _FREE_FIELDS = {
     "model.remat",
     "model.implementation",
 }
-
+# Of TFRecord files, whether they are held in memory decides which images validate, and the others' order.
+_FREE_UNLESS_TFRECORD = {"data.cache"}
+# The directories that this process writes: its own lock would not stop it.
+_held: set[Path] = set()
 
 # What a write can fail with although the directory was writable when the run began.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -43,7 +46,7 @@ class WorkdirError(RuntimeError):
 
 @contextlib.contextmanager
 def writing(workdir: str | Path) -> Iterator[Path]:
-    """Makes this process the one writer of a directory, which is created if needed.
+    """Makes the caller the one writer of a directory, which is created if needed.
 
     The lock ends with the process, however it ends, and belongs to it alone: a POSIX record lock passes to no
     data worker, whether forked or spawned. Readers need none.
@@ -55,9 +58,12 @@ def writing(workdir: str | Path) -> Iterator[Path]:
       Its absolute path.
 
     Raises:
-      WorkdirError: the directory cannot be written, another process writes it, or its disk is full.
+      WorkdirError: the directory cannot be written, something else writes it, or its disk is full.
     """
     path = Path(workdir).absolute()
+    # Before the file is opened: to close it again would give the lock away.
+    if (real := path.resolve()) in _held:
+        raise _being_written(path, "this process")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("ab+", buffering=0)
@@ -71,11 +77,8 @@ def writing(workdir: str | Path) -> Iterator[Path]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             holder = (path / "lock").read_text().strip() or "another process"
-            raise WorkdirError(
-                f"The workdir {path} is being written by {holder}: two runs in one directory would destroy"
-                " each other's checkpoints. Wait for that one or stop it, or choose another directory with"
-                " --workdir."
-            ) from None
+            raise _being_written(path, holder) from None
+        _held.add(real)
         try:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
@@ -87,9 +90,24 @@ def writing(workdir: str | Path) -> Iterator[Path]:
                 f"The disk of the workdir {path} cannot be written: {error.strerror}. The run stops; what was"
                 " saved before is intact. Make room or mend the disk; the same command goes on from there."
             ) from error
+        finally:
+            _held.discard(real)
 
 
-def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = False) -> Path:
+def _being_written(path: Path, holder: str) -> WorkdirError:
+    return WorkdirError(
+        f"The workdir {path} is being written by {holder}: two runs in one directory would destroy each"
+        " other's checkpoints. Wait for that one or stop it, or choose another directory with --workdir."
+    )
+
+
+def open_workdir(
+    workdir: str | Path,
+    config: dict[str, Any],
+    *,
+    extend: bool = False,
+    defaults: dict[str, Any] | None = None,
+) -> Path:
     """Checks that a run of this configuration may begin or go on in a directory, held by `writing`.
 
     Args:
@@ -97,9 +115,10 @@ def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = 
       config: the configuration as a plain dictionary of JSON values.
       extend: accept another number of steps than the one the directory was begun with. The schedule is
         that of the new number, so the learning rate jumps where the old one had already fallen.
+      defaults: as `require_same` takes them.
 
     Returns:
-      The absolute path, with ``config.json`` up to date.
+      The absolute path; of a directory that nothing was saved in yet with this ``config.json``.
 
     Raises:
       WorkdirError: the directory holds a run of another configuration.
@@ -110,13 +129,14 @@ def open_workdir(workdir: str | Path, config: dict[str, Any], *, extend: bool = 
     # What was begun but never saved holds nothing to protect: a mistyped first command can be corrected.
     begun = has_checkpoints(path)
     if begun and file.exists():
-        require_same(path, config, extend=extend)
+        require_same(path, config, extend=extend, defaults=defaults)
     elif begun:
         raise WorkdirError(
             f"The workdir {path} has checkpoints but no config.json, so nothing says which model they belong"
             " to. Choose another with --workdir, or restore its config.json."
         )
-    _write_json(file, config)
+    else:
+        write_config(path, config)
     return path
 
 
@@ -133,6 +153,11 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
       WorkdirError: there is none, or it cannot be read.
     """
     return _read_json(workdir, "config.json")
+
+
+def write_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Stores the configuration that the directory's run goes on with, once nothing can refuse it any more."""
+    _write_json(workdir / "config.json", config)
 
 
 def write_info(workdir: Path, info: DatasetInfo) -> None:
@@ -158,13 +183,30 @@ def read_summary(workdir: Path, *, steps: int) -> dict[str, Any] | None:
     return summary if summary["steps"] == steps else None
 
 
-def require_same(workdir: str | Path, config: dict[str, Any], *, extend: bool = False) -> None:
-    """Raises WorkdirError unless the workdir's run computes what `config` describes (see `open_workdir`)."""
-    path, old = Path(workdir).absolute(), read_config(workdir)
+def require_same(
+    workdir: str | Path,
+    config: dict[str, Any],
+    *,
+    extend: bool = False,
+    defaults: dict[str, Any] | None = None,
+) -> None:
+    """Raises WorkdirError unless the workdir's run computes what `config` describes (see `open_workdir`).
+
+    Args:
+      workdir: the run's directory.
+      config: the configuration as a plain dictionary of JSON values.
+      extend: accept another number of steps.
+      defaults: a whole configuration, nested as `config` is. A field that is younger than the workdir's run
+        had, in effect, its default when the run began. A field that exists no more is never filled in.
+    """
+    path = Path(workdir).absolute()
+    new, filled = _flatten(config), _flatten(defaults or {})
+    old = {name: filled[name] for name in new if name in filled} | _flatten(read_config(workdir))
     free = _FREE_FIELDS | ({"total_steps", "epochs"} if extend else set())
-    old, new = _flatten(old), _flatten(json.loads(json.dumps(config)))
+    if "tfrecord" in (old.get("data.backend"), new.get("data.backend")):
+        free -= _FREE_UNLESS_TFRECORD
     differing = [
-        f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)"
+        f"{name} ({_told(old, name)} there, {_told(new, name)} now)"
         for name in sorted(old.keys() | new.keys())
         if name not in free and old.get(name) != new.get(name)
     ]
@@ -178,13 +220,18 @@ def require_same(workdir: str | Path, config: dict[str, Any], *, extend: bool = 
     )
 
 
+def _told(flat: dict[str, Any], name: str) -> str:
+    return repr(flat[name]) if name in flat else "no such field"
+
+
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name, with its value as JSON would give it back."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[prefix + name] = json.loads(json.dumps(value))
     return flat
 
 
@@ -198,10 +245,17 @@ def _read_json(workdir: str | Path, name: str) -> Any:
             " train.py --workdir was given; train.py prints it when it starts."
         ) from None
     except (OSError, json.JSONDecodeError) as error:
-        raise WorkdirError(f"{file} cannot be read: {error}.") from error
+        raise WorkdirError(
+            f"{file} cannot be read: {error}. Put back a copy of it, or choose another directory with"
+            " --workdir."
+        ) from error
 
 
 def _write_json(file: Path, value: Any) -> None:
     scratch = file.with_suffix(".json.tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    with scratch.open("w") as stream:
+        stream.write(json.dumps(value, indent=2) + "\n")
+        stream.flush()
+        # Else a power failure may leave the new name with nothing in it, on file systems other than ext4.
+        os.fsync(stream.fileno())
     scratch.replace(file)

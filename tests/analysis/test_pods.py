@@ -68,6 +68,13 @@ def test_finished_rows_are_kept_and_offered_again(tmp_path, monkeypatch, capsys)
     assert f"{line} all-reduce 2 x, 23.0 MiB | 240 |" in page and line in capsys.readouterr().out
 
 
+def test_a_row_cut_short_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pods, "missing_compiler", lambda: None)
+    (tmp_path / "pods.jsonl").write_text(json.dumps(ROW) + '\n{"program": "01')
+    with pytest.raises(SystemExit, match="error: Line 2 of .*pods.jsonl is no finished row.*Delete it"):
+        command.main([f"--output={tmp_path / 'pods.md'}"])
+
+
 def test_a_program_that_does_not_fit_says_so():
     refused = {name: ROW[name] for name in ("pod", "batch_per_chip", "parameters", "memory")}
     table = pods.as_table([refused | {"config": "a", "refused": "RESOURCE_EXHAUSTED: 20 GiB"}])

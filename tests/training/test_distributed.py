@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from adderflax.training import distributed, sharding
+from adderflax.training import distributed, preemption, sharding
 from adderflax.training.command_line import load_config
 from adderflax.training.distributed import DistributedError
 from adderflax.training.metrics import read_metrics
@@ -31,6 +32,15 @@ SMALL = [
     *("--config.model.implementation=reference", "--config.total_steps=60", "--config.log_every=10"),
     *("--config.checkpoint_every=20", "--config.eval_every=60"),
 ]
+
+
+def wait_for(processes, condition):
+    """Until the condition holds, which it does before they end."""
+    deadline = time.monotonic() + 1200
+    while not condition():
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def start_two(workdir):
@@ -69,12 +79,23 @@ def finish(processes):
 @pytest.mark.slow  # over a minute of both cores
 def test_two_processes_train_die_resume_and_agree_with_one(tmp_path, capsys):
     two, one = tmp_path / "two", tmp_path / "one"
+    # One of them is told to stop, and both do, after the same update.
     processes = start_two(two)
-    checkpoints, deadline = two / "checkpoints", time.monotonic() + 1200
-    while not (checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())):
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(processes, lambda: read_metrics(two))
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=1200) for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], outputs
+    (stopped,) = re.findall(r"Stopped by SIGTERM at step (\d+), saved", outputs[0][0])
+    assert int(stopped) % 8 == 0 and (two / "checkpoints" / stopped / "manifest.json").exists()
+
+    processes = start_two(two)
+    saved = {path.name for path in (two / "checkpoints").iterdir()}
+    wait_for(
+        processes,
+        lambda: any(
+            path.name.isdigit() and path.name not in saved for path in (two / "checkpoints").iterdir()
+        ),
+    )
     for process in processes:
         process.send_signal(signal.SIGKILL)
     for process in processes:
@@ -116,6 +137,26 @@ def test_nobody_to_join():
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cannot join the others" in line and "--coordinator_address=HOST:PORT" in line
+
+
+def test_processes_stop_at_the_same_step(monkeypatch):
+    """Where another one was told to; they ask each other every eighth step, and after the last."""
+    told, asked = [0, 0], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def gather(own):
+        asked.append(int(own))
+        return np.array(told)
+
+    monkeypatch.setattr(preemption.multihost_utils, "process_allgather", gather)
+    with pytest.raises(preemption.Preempted), preemption.StopSignals() as signals:
+        assert not any(signals.should_stop(step) for step in range(1, 9))
+        told[1] = signal.SIGTERM
+        assert [signals.should_stop(step) for step in range(9, 17)] == [False] * 7 + [True]
+        signals.stop(16, lambda text: None)
+    assert asked == [0, 0]
+    with pytest.raises(preemption.Preempted), preemption.StopSignals() as signals:
+        assert not signals.should_stop(17)
 
 
 class Device:

@@ -9,7 +9,7 @@ import optax
 import pytest
 from test_trainer import small_config
 
-from adderflax.training import sharding, trainer
+from adderflax.training import divergence, sharding, trainer
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
 from adderflax.training.trainer import Trainer, evaluate, train
@@ -81,6 +81,23 @@ def test_stops_explains_and_keeps_the_last_good_checkpoint(poisoned, tmp_path, c
     assert log == [{"step": 3, "skipped_updates": 1}, {"step": 5, "skipped_updates": 2}]
     losses = [line["step"] for line in read_metrics(tmp_path) if "train_loss" in line]
     assert losses == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_account_names_the_whole_batch(tmp_path, monkeypatch, index):
+    """Of all processes, and also where the search itself fails; the first process writes it."""
+
+    def search(batch):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    parts = np.array([[4, 2], [9, 7]])
+    monkeypatch.setattr(divergence.multihost_utils, "process_allgather", lambda own: parts)
+    error = DivergenceError("Update 3 is not finite.", step=3, batch={"index": parts[index]})
+    message = str(divergence.explain(error, tmp_path, search))
+    assert "could not be found out (RESOURCE_EXHAUSTED" in message and "examples 4, 2, 9, 7." in message
+    assert (tmp_path / "divergence.json").exists() == (index == 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,21 @@
 """Checkpoints, metrics, the workdir and the mesh, each on its own."""
 
+import errno
 import json
+import struct
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 
-from adderflax.training import sharding, workdir
+from adderflax.training import divergence, environment, sharding, workdir
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.metrics import MetricsWriter, read_metrics
+from adderflax.training.steplog import DivergenceError
 from adderflax.training.workdir import WorkdirError
 
 
@@ -32,6 +37,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         checkpointer.wait()
         assert (checkpointer.latest_step, checkpointer.best_step) == (8, 4)
     assert kept(tmp_path) == [4, 7, 8]
+    # The next process knows it from the checkpoints.
+    with Checkpointer(tmp_path, keep_latest=2) as checkpointer:
+        assert (checkpointer.latest_step, checkpointer.best_step) == (8, 4)
+        checkpointer.save(9, {"w": jnp.zeros(3)}, batches(), {"validation_accuracy": 0.6})
+    assert kept(tmp_path) == [4, 8, 9]
 
 
 def test_without_validation_the_newest_are_kept(tmp_path):
@@ -89,6 +99,57 @@ def test_log_is_cut_back_to_the_restored_step(tmp_path):
     ]
 
 
+def events(path):
+    """What TensorBoard would read: (step, figures) of each event with figures."""
+    (file,) = (path / "tensorboard").iterdir()
+    content, found = file.read_bytes(), []
+    while content:
+        size = struct.unpack_from("Q", content)[0]
+        event = Event.FromString(content[12 : 12 + size])
+        found.append((event.step, {value.tag: value.simple_value for value in event.summary.value}))
+        content = content[16 + size :]
+    return [(step, figures) for step, figures in found if figures]
+
+
+def test_figures_are_in_both_files_before_a_kill_can_come(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, train_loss=0.5, train_accuracy=0.25)
+    assert events(tmp_path) == [(1, {"train_loss": 0.5, "train_accuracy": 0.25})]
+    assert read_metrics(tmp_path) == [{"step": 1, "train_loss": 0.5, "train_accuracy": 0.25}]
+
+
+def test_events_that_find_no_room_stop_the_run(tmp_path, monkeypatch):
+    """On a full disk a short line may still find room where an event does not."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(WorkdirError, match="No space left.*same command"), workdir.writing(tmp_path):
+        writer = MetricsWriter(tmp_path, 0)
+        monkeypatch.setattr(RecordWriter, "flush", full)
+        writer.write(1, train_loss=0.5)
+
+
+def test_the_first_process_writes_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    environment.record_start(tmp_path, 0)
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write(1, train_loss=0.5)
+    divergence.explain(DivergenceError("Update 1 is not finite.", step=1), tmp_path, lambda batch: "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_without_a_word_is_named(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path)
+
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(checkpointer._manager, "save", fail)
+    with pytest.raises(WorkdirError, match="Checkpoint 1 could not be written .*: AssertionError. The run"):
+        checkpointer.save(1, {"w": jnp.zeros(1)}, batches(), None)
+
+
 CONFIG = {"seed": 0, "log_every": 5, "total_steps": 10, "data": {"name": "digits", "data_dir": None}}
 
 
@@ -110,6 +171,9 @@ def test_workdir_accepts_its_own_run_with_other_paths(tmp_path):
     begin(tmp_path, CONFIG)
     moved = CONFIG | {"log_every": 7, "data": {"name": "digits", "data_dir": "/elsewhere"}}
     workdir.open_workdir(tmp_path, moved)
+    # What may still be refused, for its number of steps, changes nothing.
+    assert workdir.read_config(tmp_path) == CONFIG
+    workdir.write_config(tmp_path, moved)
     assert workdir.read_config(tmp_path) == moved
 
 
@@ -123,12 +187,48 @@ def test_workdir_names_every_differing_field(tmp_path):
     assert workdir.read_config(tmp_path) == CONFIG
 
 
+def test_fields_younger_than_the_workdir_had_their_defaults(tmp_path):
+    begin(tmp_path, CONFIG)
+    younger = CONFIG | {"clip": 1.0, "data": CONFIG["data"] | {"sizes": (8, 9)}}
+    defaults = {"seed": 5, "clip": 1.0, "data": {"name": "mnist", "sizes": (8, 9)}}
+    with pytest.raises(WorkdirError, match=r"configuration: clip \(no such field there, 1.0 now\)"):
+        workdir.open_workdir(tmp_path, younger)
+    with pytest.raises(WorkdirError, match=r"configuration: clip \(1.0 there, 2.0 now\)\. "):
+        workdir.open_workdir(tmp_path, younger | {"clip": 2.0}, defaults=defaults)
+    workdir.write_config(workdir.open_workdir(tmp_path, younger, defaults=defaults), younger)
+    with pytest.raises(
+        WorkdirError, match=r"configuration: clip \(1.0 there, no such field now\); data.sizes"
+    ):
+        workdir.open_workdir(tmp_path, CONFIG, defaults=defaults)
+
+
+def test_the_cache_decides_the_order_of_tfrecord_files(tmp_path):
+    data = CONFIG["data"] | {"cache": None}
+    begin(tmp_path / "array_record", CONFIG | {"data": data})
+    workdir.open_workdir(tmp_path / "array_record", CONFIG | {"data": data | {"cache": False}})
+    data |= {"backend": "tfrecord"}
+    begin(tmp_path / "tfrecord", CONFIG | {"data": data})
+    with pytest.raises(WorkdirError, match=r"data.cache \(None there, False now\)"):
+        workdir.open_workdir(tmp_path / "tfrecord", CONFIG | {"data": data | {"cache": False}})
+
+
+def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
+    """Locks of a process do not stop itself, and end where it closes the file once."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    with workdir.writing(tmp_path):
+        with pytest.raises(WorkdirError, match="being written by this process.*--workdir"):
+            with workdir.writing(tmp_path / "link"):
+                pass
+    with workdir.writing(tmp_path):
+        pass
+
+
 def test_workdir_is_extended_on_request_only(tmp_path):
     begin(tmp_path, CONFIG)
     longer = CONFIG | {"total_steps": 20}
     with pytest.raises(WorkdirError, match=r"total_steps \(10 there, 20 now\).*add --extend"):
         workdir.open_workdir(tmp_path, longer)
-    workdir.open_workdir(tmp_path, longer, extend=True)
+    workdir.write_config(workdir.open_workdir(tmp_path, longer, extend=True), longer)
     with pytest.raises(WorkdirError, match="seed"):
         workdir.open_workdir(tmp_path, longer | {"seed": 4}, extend=True)
 
@@ -142,7 +242,7 @@ def test_checkpoints_of_unknown_origin_are_refused(tmp_path):
 def test_damaged_config_is_named(tmp_path):
     begin(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WorkdirError, match="config.json cannot be read"):
+    with pytest.raises(WorkdirError, match="config.json cannot be read.*Put back a copy"):
         begin(tmp_path, CONFIG)
 
 

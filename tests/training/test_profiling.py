@@ -1,6 +1,8 @@
 """Traces of chosen steps, and the place where compiled programs are kept."""
 
+import contextlib
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from adderflax.training import profiling
 from adderflax.training.config import ConfigError
 from adderflax.training.profiling import keep_compiled_programs, parse_steps, profiled
 
@@ -49,9 +52,10 @@ def test_the_chosen_steps_are_traced(tmp_path, capsys):
 
 def test_an_error_ends_the_trace(tmp_path):
     with pytest.raises(RuntimeError, match="diverged"):
-        for step in profiled(range(1, 6), range(2, 5), tmp_path):
-            if step == 3:
-                raise RuntimeError("diverged")
+        with contextlib.closing(profiled(range(1, 6), range(2, 5), tmp_path)) as steps:
+            for step in steps:
+                if step == 3:
+                    raise RuntimeError("diverged")
     assert traced(tmp_path) == [2, 3]
 
 
@@ -100,3 +104,18 @@ def test_a_program_is_kept_for_the_next_process(tmp_path):
     environment = os.environ | places | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[2], check=True)
     assert [file.name for file in (tmp_path / "cache").glob("*-cache")] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "diversity", "study"])
+def test_commands_that_compute_keep_their_programs(monkeypatch, command):
+    class Kept(Exception):
+        pass
+
+    def keep():
+        raise Kept
+
+    monkeypatch.setattr(profiling, "keep_compiled_programs", keep)
+    with pytest.raises(Kept):
+        importlib.import_module(f"adderflax.{command}").main(
+            ["runs/a", "image.png"][: 1 + (command == "predict")]
+        )

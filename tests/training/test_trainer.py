@@ -208,6 +208,8 @@ def test_extending_needs_the_flag(finished, tmp_path):
     assert train(small_config(total_steps=4), tmp_path, extend=True, progress=False)["steps"] == 4
     with pytest.raises(WorkdirError, match="at step 4 already, past the 3 steps asked for"):
         train(small_config(total_steps=3), tmp_path, extend=True, progress=False)
+    # What was refused has left nothing behind.
+    assert train(small_config(total_steps=4), tmp_path, progress=False)["steps"] == 4
 
 
 def test_a_workdir_of_another_model_is_refused(finished):

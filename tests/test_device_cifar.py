@@ -1,0 +1,148 @@
+"""The script for a lent GPU machine: what travels arrives whole, and its calls and estimates add up."""
+
+import json
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import device_cifar as script
+from benchmarks import device_estimate
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    """A packing of 50 kB of noise and one small wheel in pieces of 20 kB: (kit, data)."""
+    data = tmp_path / "tfds" / "cifar10" / "noise"
+    data.parent.mkdir(parents=True)
+    data.write_bytes(np.random.default_rng(0).bytes(50_000))
+    monkeypatch.setattr(script, "PIECE", 20_000)
+    monkeypatch.setattr(script, "download_wheels", lambda folder: (folder / "a.whl").write_bytes(b"a" * 5000))
+    monkeypatch.setattr(script, "install_wheels", lambda wheels, site: site.mkdir())
+    kit = tmp_path / "kit"
+    assert script.pack(tmp_path / "tfds", kit) == 3
+    return kit, data
+
+
+def test_pieces_are_joined_in_any_order(packed, tmp_path):
+    kit, data = packed
+    far = tmp_path / "far"
+    for number in range(1, 4):
+        carried = sum(file.stat().st_size for file in (kit / str(number)).rglob("*") if file.is_file())
+        assert carried < 20_000 + 1000  # the manifest
+    assert [script.unpack(number, kit, far) for number in (3, 1, 2)] == [False, False, True]
+    assert (far / "tfds" / "cifar10" / "noise").read_bytes() == data.read_bytes()
+    assert (far / "site").is_dir()
+
+
+def test_damage_and_mixed_packings_are_refused(packed, tmp_path):
+    kit, _ = packed
+    far, part = tmp_path / "far", kit / "2" / "part"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(script.KitError, match="Piece 2 arrived damaged"):
+        script.unpack(2, kit, far)
+    with pytest.raises(script.KitError, match="no piece 4"):
+        script.unpack(4, kit, far)
+    part.write_bytes(whole)
+    for number in (1, 2):
+        script.unpack(number, kit, far)
+    (far / "parts" / "1").write_bytes(b"of another packing")
+    with pytest.raises(script.KitError, match="do not belong together"):
+        script.unpack(3, kit, far)
+    assert not (far / "tfds").exists()
+
+
+def test_the_machine_takes_every_call():
+    fields = ["--config.model.dtype=bfloat16", "--config.augment.randaugment_layers=0"]
+    calls = script.calls(3, 20, fields)
+    for call in calls:
+        assert len(call["command"]) < 2000 and call["timeout_s"] <= 600
+        words = call["command"].split()
+        if "--seconds" in words:
+            # Behind the last update: saving it, and exporting the weights.
+            seconds = float(words[words.index("--seconds") + 1])
+            assert seconds + 2 * script.SAVING <= call["timeout_s"]
+        assert ("train" in words or "probe" in words) == (fields[0] in words)
+    assert [path for call in calls for path in call["carry"]] == [f".device/{n}" for n in (1, 2, 3)]
+    assert script.PIECE <= 56 * 2**20
+    pins = (script.REPOSITORY / "requirements.txt").read_text()
+    assert all(f"\n{name}==" in pins for name in script.WHEELS)
+
+
+def test_the_deadline_asks_a_run_to_save(tmp_path):
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)"
+    status = script.run_until(time.monotonic() + 0.5, [sys.executable, "-c", code], tmp_path)
+    assert status == script.PREEMPTED
+    assert (
+        script.run_until(time.monotonic() + 60, [sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 3
+    )
+
+
+def test_the_models_are_trained_in_turn_and_resumed(tmp_path, monkeypatch):
+    statuses, seen, back = [1, 75, 0, 0], [], []
+
+    def run(deadline, command, far):
+        seen.append(command)
+        if not statuses[0]:
+            workdir = Path(next(word for word in command if "--workdir" in word).partition("=")[2])
+            workdir.mkdir(parents=True)
+            (workdir / "summary.json").write_text("{}")
+        return statuses.pop(0)
+
+    monkeypatch.setattr(script, "run_until", run)
+    monkeypatch.setattr(script, "bring_back", lambda name, *_: back.append(name))
+    with pytest.raises(script.KitError, match="--epochs"):
+        script.train(500.0, None, [], tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps({"implementation": "xla", "epochs": 7}))
+    # The first fails, which must not cost the second its turn; that one is stopped.
+    assert script.train(500.0, None, ["--config.seed=1"], tmp_path) == script.PREEMPTED
+    assert script.train(500.0, None, ["--config.seed=1"], tmp_path) == 0
+    assert script.train(500.0, None, ["--config.seed=1"], tmp_path) == 0
+    assert back == ["adder", "multiply", "adder", "multiply"] and seen[1] == seen[3]
+    assert {"--config.epochs=7", "--config.model.implementation=xla", "--config.seed=1"} <= set(seen[0])
+    (tmp_path / "runs" / "multiply" / "summary.json").unlink()
+    assert script.train(script.WORTH_STARTING - 1, None, [], tmp_path) == script.PREEMPTED and len(seen) == 4
+
+
+def test_the_estimate_adds_up():
+    counts = device_estimate.Counts(
+        linear=10**9, scores=10**7, products=10**8, product_bytes=10**6, elementwise_bytes=10**8
+    )
+    rates = device_estimate.Rates(1e13, 5e12, 1e12, 4e13, 2e14, 4e12, 0.25, 2.56e-3)
+    parts = device_estimate.seconds_an_epoch(counts, 256, rates)
+    an_image = [1e-4, 2e-4, 5e-5, 3e-5, 3e-6, 1.875e-5, 1e-5]
+    assert list(parts.values()) == pytest.approx([45_000 * seconds for seconds in an_image])
+    # Small products take as long as their bytes.
+    bound = device_estimate.seconds_an_epoch(counts._replace(product_bytes=8 * 10**6), 256, rates)
+    assert bound["products"] == pytest.approx(45_000 * 6e-6)
+    # 4 starts of 45 s leave 900 s, of which updates get 810; 5 s and 3 s an epoch.
+    assert device_estimate.epochs_within(1080.0, [9_000.0, 15_000.0]) == 101
+    assert device_estimate.epochs_within(10.0, [9_000.0]) == 1
+
+
+def test_what_comes_back_is_small_and_finite(tmp_path, monkeypatch):
+    from adderflax.training import restore
+
+    value = np.arange(6, dtype=np.float32).reshape(2, 3) / 7
+    monkeypatch.setattr(
+        restore, "load_model", lambda workdir: (None, {"params": {"fc1": {"kernel": value}}}, None)
+    )
+    script.export(tmp_path, tmp_path / "adder.npz")
+    with np.load(tmp_path / "adder.npz") as saved:
+        assert saved["params/fc1/kernel"].dtype == np.float16
+        np.testing.assert_allclose(saved["params/fc1/kernel"], value, rtol=2**-11)
+    monkeypatch.setattr(script, "RETURNED", 100)
+    with pytest.raises(script.KitError, match="a call brings back"):
+        script.export(tmp_path, tmp_path / "adder.npz")
+
+    monkeypatch.setattr(script, "run_until", lambda *_, **__: 0)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    (tmp_path / "adder").mkdir()
+    (tmp_path / "adder" / "metrics.jsonl").write_text("{}\n")
+    script.bring_back("adder", tmp_path / "adder", tmp_path)
+    with tarfile.open(tmp_path / "out" / "adder.tar.gz") as tar:
+        assert [Path(name).name for name in tar.getnames()] == ["metrics.jsonl"]
