@@ -22,6 +22,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 flags.FLAGS.mark_as_parsed()
 
 
+def pytest_configure(config):
+    # Half of the ordinary tests' time is LLVM's; the slow ones run as the users' programs do.
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+
+
 @pytest.fixture
 def root() -> "os.PathLike[str]":
     """The checkout."""

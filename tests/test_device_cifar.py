@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import device_cifar as script
-from benchmarks import device_estimate
+from benchmarks import device_estimate, device_kit
 
 
 @pytest.fixture
@@ -19,11 +19,13 @@ def packed(tmp_path, monkeypatch):
     data = tmp_path / "tfds" / "cifar10" / "noise"
     data.parent.mkdir(parents=True)
     data.write_bytes(np.random.default_rng(0).bytes(50_000))
-    monkeypatch.setattr(script, "PIECE", 20_000)
-    monkeypatch.setattr(script, "download_wheels", lambda folder: (folder / "a.whl").write_bytes(b"a" * 5000))
-    monkeypatch.setattr(script, "install_wheels", lambda wheels, site: site.mkdir())
+    monkeypatch.setattr(device_kit, "PIECE", 20_000)
+    monkeypatch.setattr(
+        device_kit, "download_wheels", lambda folder: (folder / "a.whl").write_bytes(b"a" * 5000)
+    )
+    monkeypatch.setattr(device_kit, "install_wheels", lambda wheels, site: site.mkdir())
     kit = tmp_path / "kit"
-    assert script.pack(tmp_path / "tfds", kit) == 3
+    assert device_kit.pack(tmp_path / "tfds", kit) == 3
     return kit, data
 
 
@@ -33,7 +35,7 @@ def test_pieces_are_joined_in_any_order(packed, tmp_path):
     for number in range(1, 4):
         carried = sum(file.stat().st_size for file in (kit / str(number)).rglob("*") if file.is_file())
         assert carried < 20_000 + 1000  # the manifest
-    assert [script.unpack(number, kit, far) for number in (3, 1, 2)] == [False, False, True]
+    assert [device_kit.unpack(number, kit, far) for number in (3, 1, 2)] == [False, False, True]
     assert (far / "tfds" / "cifar10" / "noise").read_bytes() == data.read_bytes()
     assert (far / "site").is_dir()
 
@@ -43,16 +45,16 @@ def test_damage_and_mixed_packings_are_refused(packed, tmp_path):
     far, part = tmp_path / "far", kit / "2" / "part"
     whole = part.read_bytes()
     part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(script.KitError, match="Piece 2 arrived damaged"):
-        script.unpack(2, kit, far)
-    with pytest.raises(script.KitError, match="no piece 4"):
-        script.unpack(4, kit, far)
+    with pytest.raises(device_kit.KitError, match="Piece 2 arrived damaged"):
+        device_kit.unpack(2, kit, far)
+    with pytest.raises(device_kit.KitError, match="no piece 4"):
+        device_kit.unpack(4, kit, far)
     part.write_bytes(whole)
     for number in (1, 2):
-        script.unpack(number, kit, far)
+        device_kit.unpack(number, kit, far)
     (far / "parts" / "1").write_bytes(b"of another packing")
-    with pytest.raises(script.KitError, match="do not belong together"):
-        script.unpack(3, kit, far)
+    with pytest.raises(device_kit.KitError, match="do not belong together"):
+        device_kit.unpack(3, kit, far)
     assert not (far / "tfds").exists()
 
 
@@ -68,9 +70,9 @@ def test_the_machine_takes_every_call():
             assert seconds + 2 * script.SAVING <= call["timeout_s"]
         assert ("train" in words or "probe" in words) == (fields[0] in words)
     assert [path for call in calls for path in call["carry"]] == [f".device/{n}" for n in (1, 2, 3)]
-    assert script.PIECE <= 56 * 2**20
-    pins = (script.REPOSITORY / "requirements.txt").read_text()
-    assert all(f"\n{name}==" in pins for name in script.WHEELS)
+    assert device_kit.PIECE <= 56 * 2**20
+    pins = (device_kit.REPOSITORY / "requirements.txt").read_text()
+    assert all(f"\n{name}==" in pins for name in device_kit.WHEELS)
 
 
 def test_the_deadline_asks_a_run_to_save(tmp_path):
@@ -95,7 +97,7 @@ def test_the_models_are_trained_in_turn_and_resumed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "run_until", run)
     monkeypatch.setattr(script, "bring_back", lambda name, *_: back.append(name))
-    with pytest.raises(script.KitError, match="--epochs"):
+    with pytest.raises(device_kit.KitError, match="--epochs"):
         script.train(500.0, None, [], tmp_path)
     (tmp_path / "recipe.json").write_text(json.dumps({"implementation": "xla", "epochs": 7}))
     # The first fails, which must not cost the second its turn; that one is stopped.
@@ -136,13 +138,18 @@ def test_what_comes_back_is_small_and_finite(tmp_path, monkeypatch):
         assert saved["params/fc1/kernel"].dtype == np.float16
         np.testing.assert_allclose(saved["params/fc1/kernel"], value, rtol=2**-11)
     monkeypatch.setattr(script, "RETURNED", 100)
-    with pytest.raises(script.KitError, match="a call brings back"):
+    with pytest.raises(device_kit.KitError, match="a call brings back"):
         script.export(tmp_path, tmp_path / "adder.npz")
 
-    monkeypatch.setattr(script, "run_until", lambda *_, **__: 0)
+    ran = []
+    monkeypatch.setattr(script, "run_until", lambda deadline, command, *_, **__: ran.append(command[3:]) or 0)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     (tmp_path / "adder").mkdir()
     (tmp_path / "adder" / "metrics.jsonl").write_text("{}\n")
     script.bring_back("adder", tmp_path / "adder", tmp_path)
     with tarfile.open(tmp_path / "out" / "adder.tar.gz") as tar:
         assert [Path(name).name for name in tar.getnames()] == ["metrics.jsonl"]
+    assert not ran  # a run without a checkpoint has no weights
+    (tmp_path / "adder" / "checkpoints" / "10").mkdir(parents=True)
+    script.bring_back("adder", tmp_path / "adder", tmp_path)
+    assert ran == [["export", str(tmp_path / "adder"), str(tmp_path / "out" / "adder.npz")]]
