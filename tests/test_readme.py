@@ -27,7 +27,7 @@ def test_snippet_runs(code):
         "out": {(8, 65, 3, 64)},
         "weights": {(8, 3, 65, 65)},
         "features": {(8, 16, 16, 32)},
-        "logits": {(4, 10), (2, 10)},
+        "logits": {(4, 10), (2, 10), (64, 10)},
         "maps": {(2, 3, 65, 65)},
     }
     shown = [name for name in shapes if name in names]
@@ -53,7 +53,7 @@ def test_commands_name_files_and_flags_that_exist():
         "process_id",
         "profile_steps",
     }
-    for line in "".join(blocks("bash")).splitlines():
+    for line in "".join(blocks("bash")).replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         for config in (word for word in words if word.startswith("configs/")):
             assert (ROOT / config.partition(":")[0]).exists(), line
