@@ -183,23 +183,20 @@ def bring_back(name: str, workdir: Path, far: Path = FAR) -> None:
 
 
 def export(workdir: Path, file: Path) -> None:
-    """Writes the evaluated variables of a run's newest checkpoint as float16, named "params/a/b".
+    """Writes the evaluated weights of a run's newest checkpoint (`adderflax.training.restore.write_weights`).
 
     Raises:
       KitError: the file is too large to be brought back, or a weight too large for float16.
     """
-    import numpy as np
     from absl import logging
-    from flax.traverse_util import flatten_dict
 
-    from adderflax.training.restore import load_model
+    from adderflax.training.restore import write_weights
 
     logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened for reading is read-only
-    _, variables, _ = load_model(workdir)
-    arrays = {name: np.asarray(value, np.float16) for name, value in flatten_dict(variables, sep="/").items()}
-    if damaged := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
-        raise KitError(f"Too large for float16: {', '.join(damaged)}.")
-    np.savez(file, **arrays)
+    try:
+        write_weights(workdir, file)
+    except ValueError as error:
+        raise KitError(str(error)) from error
     if file.stat().st_size > RETURNED:
         raise KitError(f"{file} has {file.stat().st_size / MIB:.1f} MiB; a call brings back files of 16.")
 

@@ -1,6 +1,7 @@
 """The loop: it learns, resumes bit for bit, evaluates every image once."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import linen as nn
 from adderflax.training import sharding, trainer
 from adderflax.training.config import ConfigError, default_config
 from adderflax.training.metrics import read_metrics
-from adderflax.training.restore import load_model
+from adderflax.training.restore import load_model, write_weights
 from adderflax.training.trainer import Trainer, evaluate, train
 from adderflax.training.workdir import WorkdirError
 
@@ -72,6 +73,20 @@ def test_summary_and_log(finished):
     assert [line["step"] for line in evaluations] == [4, 6]
     assert all(line["validation_examples"] == 144 and line["validation_loss"] > 0 for line in evaluations)
     assert list((workdir / "tensorboard").iterdir())
+
+
+def test_a_file_of_weights_stands_for_the_checkpoints(finished, tmp_path):
+    workdir, _ = finished
+    for name in ("config.json", "dataset.json"):
+        shutil.copy(workdir / name, tmp_path)
+    write_weights(workdir, tmp_path / "weights.npz")
+    (_, variables, info), (model, small, small_info) = load_model(workdir), load_model(tmp_path)
+    assert model.config.depth == 1 and small_info == info
+    # float16 has 11 bits.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=1e-7), variables, small)
+    assert (tmp_path / "weights.npz").stat().st_size < 3 * sum(
+        x.size for x in jax.tree.leaves(small)
+    ) + 20_000
 
 
 def test_it_learns(tmp_path):
