@@ -6,7 +6,8 @@ augmentation. Each tool is screened with one seed over 10 epochs (`screen-...`),
 top of the learning rate that was found best; `multiply` and `vit` are screened at the same learning
 rates, so that they are no easier to beat. The best three then run over 20 epochs with three seeds
 (`final-...`), beside `multiply` and `vit` at their best rate. The teacher, and the source of a warm
-start, is the first seed of `final-multiply`: its 20 epochs come on top of the student's.
+start, is the first seed of `final-multiply`: its 20 epochs come on top of the student's. So that this is
+no advantage unseen, `final-multiply-warm` lets the twin go on from the same weights for as many epochs.
 
 What this can show: which tools help a small model that is trained for a short time. One seed of a
 screening run is good for about a point.
@@ -78,9 +79,18 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "adder-lr3-soft": LR3 | SOFT,
     "adder-lr3-power": LR3 | {"model.power_activation": True},
     "adder-lr3-dx-hardtanh4": LR3 | {"model.grad_inputs": "hardtanh:4"},
+    "adder-lr3-warm-features": LR3 | WARM | FEATURES,
     "adder-lr3-anneal": LR3 | {"anneal_fraction": 0.2},
 }
-FINALS: dict[str, dict[str, Any]] = {"multiply": LR3, "vit": LR3}
+FINALS: dict[str, dict[str, Any]] = {
+    "multiply": LR3,
+    "vit": LR3,
+    "adder-features": LR3 | FEATURES,
+    "adder-warm": LR3 | WARM,
+    "adder-warm-features": LR3 | WARM | FEATURES,
+}
+# As many epochs for the multiplying twin as a warm-started model has seen in all.
+CONTROLS: dict[str, dict[str, Any]] = {"multiply-warm": LR3 | WARM}
 
 
 def row(kind: str, name: str, changes: dict[str, Any], epochs: float, seeds: tuple[int, ...]) -> Run:
@@ -93,6 +103,7 @@ def row(kind: str, name: str, changes: dict[str, Any], epochs: float, seeds: tup
 def runs() -> list[Run]:
     """The final runs, the teacher first, and the screening runs."""
     finals = [row("final", name, changes, 20.0, (0, 1, 2)) for name, changes in FINALS.items()]
+    finals += [row("final", name, changes, 20.0, (0,)) for name, changes in CONTROLS.items()]
     screened = TWINS | ALONE | TOGETHER
     return finals + [row("screen", name, changes, 10.0, (0,)) for name, changes in screened.items()]
 
