@@ -19,7 +19,7 @@ import numpy as np
 
 from adderflax.analysis.configured import image_set
 from adderflax.data import augment_batch
-from adderflax.models import VisionTransformer
+from adderflax.models.families import build_model
 from adderflax.training import sharding
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError, RunConfig
@@ -34,7 +34,7 @@ _CALLS = {"adder_matmul" + suffix: part for suffix, part in _PARTS.items()}
 def split_step(run: RunConfig) -> dict[str, float]:
     """Milliseconds of a step: "step", the parts named in `_PARTS`, and "rest"."""
     info = image_set(run.data)
-    model = VisionTransformer(run.model_config(info))
+    model = build_model(run.model_config(info))
     mesh = sharding.make_mesh()
     optimizer, _ = make_optimizer(run.optimizer, total_steps=1000)
     state = init_state(model, optimizer, seed=run.seed, with_ema=run.ema_decay > 0, mesh=mesh)

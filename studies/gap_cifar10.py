@@ -8,6 +8,7 @@ rates, so that they are no easier to beat. The best three then run over 20 epoch
 (`final-...`), beside `multiply` and `vit` at their best rate. The teacher, and the source of a warm
 start, is the first seed of `final-multiply`: its 20 epochs come on top of the student's. So that this is
 no advantage unseen, `final-multiply-warm` lets the twin go on from the same weights for as many epochs.
+Run it with `--keep_checkpoints`: later rows read those of `final-multiply-seed0`.
 
 What this can show: which tools help a small model that is trained for a short time. One seed of a
 screening run is good for about a point.

@@ -47,6 +47,8 @@ PODS = {
     "v5e-256": Pod("v5e:16x16", 16 * GIB),
     "v6e-64": Pod("v6e:8x8", 32 * GIB),
 }
+# Of a run; their number decides only constants of the program.
+_STEPS = 1000
 # The smallest slice that has collectives, for trials.
 SMALLEST = {"v5e-4": Pod("v5e:2x2", 16 * GIB)}
 
@@ -101,6 +103,11 @@ def compile_update(config: ConfigDict, pod_name: str, known: list[dict[str, Any]
     pod = (PODS | SMALLEST)[pod_name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=pod.topology).devices
     run = RunConfig.parse(config)
+    if run.distillation.teacher is not None:
+        raise ConfigError(
+            f"distillation.teacher={run.distillation.teacher!r} computes on every batch too, which would be"
+            " left out here: only runs without a teacher are compiled ahead of time."
+        )
     model = build_model(run.model_config(image_set(run.data)))
     try:
         mesh = sharding.make_mesh(devices, run.mesh)
@@ -140,7 +147,7 @@ def compile_update(config: ConfigDict, pod_name: str, known: list[dict[str, Any]
 
 def _lower(run, model, mesh):
     info = image_set(run.data)
-    optimizer, _ = make_optimizer(run.optimizer, total_steps=1000)
+    optimizer, _ = make_optimizer(run.optimizer, total_steps=_STEPS)
     step = make_train_step(
         model,
         optimizer,
@@ -149,6 +156,7 @@ def _lower(run, model, mesh):
         ),
         ema_decay=run.ema_decay,
         accumulation_steps=run.accumulation_steps,
+        anneal_steps=round(run.anneal_fraction * _STEPS),
         mesh=mesh,
     )
     state = abstract_state(model, optimizer, with_ema=run.ema_decay > 0, mesh=mesh)

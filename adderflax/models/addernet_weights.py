@@ -3,6 +3,9 @@
 The official state dict names an adder kernel ``layer1.0.conv1.adder`` [O, I, height, width], a multiplying
 one ``conv1.weight``, and a BatchNorm ``bn1.weight``, ``bn1.bias``, ``bn1.running_mean`` and
 ``bn1.running_var``; a model saved from `DataParallel` has ``module.`` before every name.
+
+Images must be normalized as that code does: in 0..1, less (0.4914, 0.4822, 0.4465), divided by
+(0.2023, 0.1994, 0.2010). `adderflax.data` divides by other deviations.
 """
 
 import importlib

@@ -1,6 +1,7 @@
 """Checkpoints of a run through orbax: asynchronous, atomic, checked before use, latest and best kept."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -140,10 +141,20 @@ class Checkpointer:
         return restored
 
     def restore_state(self, state: Any, step: int | None = None) -> Any:
-        """Restores the state alone, for evaluation."""
+        """Restores the state alone, for evaluation.
+
+        A field of `state`, a dataclass or dictionary, that is None stays None where the checkpoint is older
+        than the field.
+        """
         step = self.latest_step if step is None else step
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))
-        return restored["state"]
+        fields = dict(vars(state) if dataclasses.is_dataclass(state) else state)
+        saved = ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
+        wanted = {name: value for name, value in fields.items() if value is not None or name in saved}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        )
+        fields |= restored["state"]
+        return type(state)(**fields)
 
     def wait(self) -> None:
         """Blocks until the running save has been committed.

@@ -27,11 +27,11 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WarmStartConfig:
-    """Which trained model the first parameters come from (`adderflax.warm_start`).
+    """Which trained model the first parameters come from (`adderflax.models.warm_start`).
 
     Attributes:
       source: a trained run's workdir, or a file of weights of timm, DeiT or google-research's ViT
-        (`adderflax.load_vit_weights`); None starts from random parameters.
+        (`adderflax.models.load_vit_weights`); None starts from random parameters.
       images: training images, without augmentation, on which converted layers are calibrated.
 
     Raises:
@@ -97,6 +97,7 @@ class RunConfig:
       ema_decay: decay of the average of the parameters that is evaluated; 0 evaluates the parameters.
       anneal_fraction: share of all steps over which the exponent p of the adder layers' ``-sum |x - w|^p``
         falls linearly from 2 to 1 (Universal Adder Neural Networks, Chen et al. 2021); 0 is L1 throughout.
+        Evaluation is always at p = 1, so before the exponent has arrived there its figures say little.
       skip_nonfinite_steps: how many updates of the whole run may be left out because their loss or gradient
         is not finite; one more stops it.
       keep_checkpoints: how many of the newest checkpoints are kept besides the best.
@@ -149,6 +150,13 @@ class RunConfig:
             raise ConfigError(f"epochs={self.epochs} must be greater than 0.")
         if not 0.0 <= self.anneal_fraction <= 1.0:
             raise ConfigError(f"anneal_fraction={self.anneal_fraction} must lie in [0, 1].")
+        implementation = self.model.get("implementation")
+        if self.anneal_fraction and implementation not in (None, "xla"):
+            raise ConfigError(
+                f"model.implementation={implementation!r} computes the L1 distance only, but with"
+                f" anneal_fraction={self.anneal_fraction} the exponent begins at 2. Unset"
+                " model.implementation, or set anneal_fraction=0."
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
 

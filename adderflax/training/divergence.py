@@ -87,11 +87,12 @@ def find_culprit(
     # Values inside of a rematerialized block cannot be looked at from outside; the computation is the same.
     if getattr(model.config, "remat", False):
         model = type(model)(dataclasses.replace(model.config, remat=False))
-    exponent = {"p": annealed_exponent(state.step, anneal_steps)} if anneal_steps else {}
+    # As in the update: once p has arrived at 1, the L1 distance itself.
+    anneals = int(state.step) < anneal_steps
     collections = ["batch_stats", *(teacher.collections if teacher else [])]
     names: list[str] = []
 
-    def loss_and_flags(params, images, targets, key):
+    def loss_and_flags(params, taught, exponent, images, targets, key):
         names.clear()
         flags = []
 
@@ -109,23 +110,26 @@ def find_culprit(
             )
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         if teacher is not None:
-            student, taught = outputs_of(model, logits, collected), teacher.outputs(teacher.variables, images)
-            loss, _ = distillation_loss(teacher.config, student, taught, targets)
+            student = outputs_of(model, logits, collected)
+            loss, _ = distillation_loss(teacher.config, student, teacher.outputs(taught, images), targets)
         return loss, (flags, jnp.isfinite(loss))
 
     @jax.jit
-    def examine(state, batch):
+    def examine(state, batch, taught):
         images, targets, key = step_inputs(state, batch, augment)
+        given = taught, {"p": annealed_exponent(state.step, anneal_steps)} if anneals else {}
         keys = [key] if accumulation_steps == 1 else jax.random.split(key, accumulation_steps)
         reports = []
         for part, part_key in enumerate(keys):
             rows = slice(part, None, accumulation_steps)
             gradient = jax.grad(loss_and_flags, has_aux=True)
-            gradients, (flags, loss) = gradient(state.params, images[rows], targets[rows], part_key)
+            gradients, (flags, loss) = gradient(state.params, *given, images[rows], targets[rows], part_key)
             reports.append((_finite(images[rows]), flags, loss, jax.tree.map(_finite, gradients)))
         return jax.tree.map(_finite, state.params), reports
 
-    params, reports = jax.device_get(examine(state, batch))
+    # An argument: arrays of several processes cannot be constants.
+    taught = jax.device_put(teacher.variables, state.step.sharding) if teacher else None
+    params, reports = jax.device_get(examine(state, batch, taught))
     if broken := _broken(params):
         return f"Parameters are not finite, among them {broken[0]}."
     for images, flags, loss, _ in reports:

@@ -15,7 +15,7 @@ from adderflax.models.vit import PRESETS
 from adderflax.training.config import WarmStartConfig
 from adderflax.training.distillation import DistillationConfig, Teacher
 from adderflax.training.restore import load_model
-from adderflax.training.workdir import WorkdirError
+from adderflax.training.workdir import WorkdirError, has_checkpoints
 
 
 def load_teacher(config: DistillationConfig, info: DatasetInfo, student: nn.Module) -> Teacher | None:
@@ -27,6 +27,13 @@ def load_teacher(config: DistillationConfig, info: DatasetInfo, student: nn.Modu
     """
     if config.teacher is None:
         return None
+    # A teacher that trains on would be another one after every restart.
+    teacher_dir = Path(config.teacher)
+    if has_checkpoints(teacher_dir) and not (teacher_dir / "summary.json").exists():
+        raise ValueError(
+            f"distillation.teacher={config.teacher!r} is not finished: it has checkpoints but no"
+            " summary.json. Let its training end first; the same command goes on."
+        )
     try:
         model, variables, seen = load_model(config.teacher)
     except WorkdirError as error:
@@ -62,7 +69,7 @@ def inherited_params(
     if not isinstance(model, VisionTransformerConfig):
         raise ValueError(
             f"warm_start.source={config.source!r} cannot start this model: only Vision Transformers are"
-            " converted. For AdderNet's residual network see `adderflax.load_addernet_weights`."
+            " converted. For AdderNet's residual network see `adderflax.models.load_addernet_weights`."
         )
     source = Path(config.source)
     try:

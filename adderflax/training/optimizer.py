@@ -22,6 +22,8 @@ class OptimizerConfig:
       final_fraction: the cosine ends at this share of `learning_rate`.
       weight_decay: decoupled from the gradient for "adamw", added to it for "sgd".
       decay_adder: whether weight decay also pulls adder templates towards zero.
+      decay_rest: whether it pulls everything that is neither dense kernel nor template as well: scales,
+        biases, embeddings. `torch.optim` does so unless told otherwise.
       beta1: AdamW's decay of the first moment.
       beta2: AdamW's decay of the second moment.
       epsilon: AdamW's floor under the root of the second moment.
@@ -46,6 +48,7 @@ class OptimizerConfig:
     final_fraction: float = 0.0
     weight_decay: float = 0.05
     decay_adder: bool = False
+    decay_rest: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -101,7 +104,8 @@ def make_optimizer(
     if config.adder_local_rate:
         steps.append(adaptive_local_rate(config.adder_local_rate))
     decay = optax.add_decayed_weights(
-        config.weight_decay, mask=lambda params: decay_mask(params, config.decay_adder)
+        config.weight_decay,
+        mask=lambda params: decay_mask(params, config.decay_adder, config.decay_rest),
     )
     multiply = scale_adder_updates(config.adder_multiplier)
     if config.name == "adamw":
@@ -152,11 +156,13 @@ def scale_adder_updates(multiplier: float | None) -> optax.GradientTransformatio
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rescale, updates))
 
 
-def decay_mask(params: Any, decay_adder: bool) -> Any:
-    """True for the parameters that weight decay applies to: dense kernels and, if asked, adder templates."""
+def decay_mask(params: Any, decay_adder: bool, decay_rest: bool = False) -> Any:
+    """True for what weight decay applies to: dense kernels and, if asked, adder templates and the rest."""
 
     def decays(path, _):
-        return _has_name(path, "kernel") or (decay_adder and is_adder_parameter(path))
+        if is_adder_parameter(path):
+            return decay_adder
+        return decay_rest or _has_name(path, "kernel")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -4,9 +4,11 @@ A workdir may hold one small file of weights in place of checkpoints, so that a 
 away: ``weights.npz`` beside ``config.json`` and ``dataset.json``.
 """
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -14,6 +16,7 @@ from flax import traverse_util
 
 from adderflax.data import DatasetInfo
 from adderflax.models.families import build_model
+from adderflax.operators import available_implementations
 from adderflax.training import sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
@@ -22,6 +25,19 @@ from adderflax.training.optimizer import make_optimizer
 from adderflax.training.state import abstract_state
 
 WEIGHTS = "weights.npz"
+
+
+def config_here(workdir: str | Path) -> dict[str, Any]:
+    """The configuration that a workdir was begun with, without what belongs to the machine it was trained on.
+
+    That is the mesh, and an operator implementation that this machine's platform does not have.
+    """
+    saved = workdir_lib.read_config(workdir)
+    model = saved.get("model", {})
+    platform = jax.default_backend().replace("gpu", "cuda")
+    if model.get("implementation") not in (None, *available_implementations(platform)):
+        model = model | {"implementation": None}
+    return saved | {"mesh": {}, "model": model}
 
 
 def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, dict[str, Any], DatasetInfo]:
@@ -36,14 +52,14 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
       averages where the run keeps any; and the description of the data set.
 
     Raises:
-      WorkdirError: the directory holds no run, or no checkpoint yet.
+      WorkdirError: the directory holds no run, no checkpoint yet, or a file of weights that does not fit.
     """
-    run = RunConfig.parse(workdir_lib.read_config(workdir))
+    run = RunConfig.parse(config_here(workdir))
     info = workdir_lib.read_info(workdir)
     model = build_model(run.model_config(info))
     weights = Path(workdir) / WEIGHTS
     if weights.exists() and not workdir_lib.has_checkpoints(workdir):
-        return model, _read_weights(weights), info
+        return model, _read_weights(weights, model), info
     # The optimizer's state is part of a checkpoint; its shape does not depend on the number of steps.
     optimizer, _ = make_optimizer(run.optimizer, total_steps=1)
     target = abstract_state(model, optimizer, with_ema=run.ema_decay > 0, mesh=sharding.make_mesh())
@@ -59,7 +75,9 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
 
 
 def write_weights(workdir: str | Path, file: str | Path, *, best: bool = False) -> None:
-    """Writes the variables that `load_model` gives as one file, in float16: two bytes a parameter.
+    """Writes the variables that `load_model` gives as one file: parameters in float16, two bytes each.
+
+    Running statistics stay in float32: they are few, and those of adder sums large beside their deviation.
 
     Args:
       workdir: the run's directory.
@@ -68,17 +86,33 @@ def write_weights(workdir: str | Path, file: str | Path, *, best: bool = False) 
       best: as for `load_model`.
 
     Raises:
-      ValueError: a weight is too large for float16.
+      ValueError: a parameter is too large for float16.
     """
     _, variables, _ = load_model(workdir, best=best)
     flat = traverse_util.flatten_dict(variables, sep="/")
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
     largest = np.finfo(np.float16).max
-    if wide := [name for name, array in arrays.items() if np.abs(array).max(initial=0.0) > largest]:
+    narrow = [name for name in arrays if name.startswith("params/")]
+    if wide := [name for name in narrow if np.abs(arrays[name]).max(initial=0.0) > largest]:
         raise ValueError(f"{', '.join(wide)} of {workdir} exceed {largest:.0f}, the largest float16.")
-    np.savez(file, **{name: array.astype(np.float16) for name, array in arrays.items()})
+    np.savez(file, **arrays | {name: arrays[name].astype(np.float16) for name in narrow})
 
 
-def _read_weights(file: Path) -> dict[str, Any]:
-    with np.load(file) as arrays:
-        return traverse_util.unflatten_dict({n: jnp.float32(arrays[n]) for n in arrays.files}, sep="/")
+def _read_weights(file: Path, model: nn.Module) -> dict[str, Any]:
+    config = model.config
+    images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
+    wanted = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images), sep="/")
+    try:
+        with np.load(file) as archive:
+            found = {name: jnp.float32(archive[name]) for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise workdir_lib.WorkdirError(f"{file} cannot be read: {error}. Put back a copy of it.") from error
+    wanted, shapes = ({name: leaf.shape for name, leaf in flat.items()} for flat in (wanted, found))
+    names = wanted.keys() | found.keys()
+    if wrong := sorted(name for name in names if wanted.get(name) != shapes.get(name)):
+        raise workdir_lib.WorkdirError(
+            f"{file} does not belong to the model that config.json beside it describes:"
+            f" {', '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''} differ. Put back the config.json that"
+            " came with it."
+        )
+    return traverse_util.unflatten_dict(found, sep="/")

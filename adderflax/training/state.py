@@ -165,7 +165,8 @@ def make_train_step(
     Returns:
       ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy, gradient_norm and
       parameter_norm, the last one of the new parameters, and the int32 scalar skipped; with a teacher also
-      the parts of the loss (`adderflax.training.distillation.distillation_loss`).
+      the parts of the loss (`adderflax.training.distillation.distillation_loss`), with `anneal_steps` the
+      exponent.
     """
 
     collections = ["batch_stats", *(teacher.collections if teacher else [])]
@@ -237,6 +238,8 @@ def make_train_step(
             )
         gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        if batch_stats is not None:
+            finite &= jnp.isfinite(optax.tree.norm(batch_stats))
         skipped = state.skipped + jnp.where(finite, 0, 1)
         over = skipped > skip_nonfinite_steps
         learned = state.replace(
@@ -255,6 +258,8 @@ def make_train_step(
             "parameter_norm": optax.tree.norm(state.params),
             "skipped": skipped,
         }
+        if anneal_steps:
+            metrics["exponent"] = exponent["p"]
         return state, metrics
 
     shapes = jax.eval_shape(lambda: _new_state(model, optimizer, 0, ema_decay > 0))

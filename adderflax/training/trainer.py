@@ -20,6 +20,7 @@ from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.preemption import StopSignals
+from adderflax.training.restore import WEIGHTS, config_here, load_model
 from adderflax.training.state import (
     TrainState,
     abstract_state,
@@ -68,7 +69,7 @@ class Trainer:
             raise ConfigError(str(error)) from error
         self.total_steps = self.config.num_steps(self.dataset.info)
         self.optimizer, self._schedule = make_optimizer(self.config.optimizer, self.total_steps)
-        self._anneal_steps = round(self.config.anneal_fraction * self.total_steps)
+        self._anneal_steps = math.ceil(self.config.anneal_fraction * self.total_steps)
         self._state_options = {"with_ema": self.config.ema_decay > 0, "mesh": self.mesh}
         info = self.dataset.info
         self.train_step = make_train_step(
@@ -139,8 +140,12 @@ class Trainer:
         """The learning rate of the update that follows `step` updates."""
         return float(self._schedule(step))
 
-    def evaluate(self, state: TrainState, part: str) -> dict[str, float]:
-        """Figures of the evaluated parameters over "validation" or "test", every image counted once.
+    def evaluate(self, variables: dict[str, Any], part: str) -> dict[str, float]:
+        """Figures of a model's variables over "validation" or "test", every image counted once.
+
+        Args:
+          variables: as `TrainState.evaluated_variables` or `adderflax.training.restore.load_model` give them.
+          part: of the data set.
 
         Returns:
           ``{part}_loss`` in nats, ``{part}_accuracy`` in 0..1, ``{part}_accuracy_top5`` above ten classes,
@@ -157,7 +162,7 @@ class Trainer:
         )
         sums = []
         for batch in batches:
-            sums.append(self.eval_step(state.evaluated_variables, sharding.put_batch(batch, self.mesh)))
+            sums.append(self.eval_step(variables, sharding.put_batch(batch, self.mesh)))
             # Loads the next batch while this one is computed, but never queues more than two on a device.
             jax.block_until_ready(sums[-2:-1])
         total = {name: math.fsum(float(batch[name]) for batch in sums) for name in sums[0]}
@@ -172,7 +177,9 @@ class Trainer:
 
     def validate(self, state: TrainState) -> dict[str, float]:
         """`evaluate` on the validation part; empty where the configuration cuts none."""
-        return self.evaluate(state, "validation") if self.dataset.validation is not None else {}
+        if self.dataset.validation is None:
+            return {}
+        return self.evaluate(state.evaluated_variables, "validation")
 
 
 def train(
@@ -266,7 +273,7 @@ def train(
             # Closed here: the traceback of what ends the loop would keep the trace open.
             with contextlib.closing(steps):
                 state = _update(trainer, state, batches, steps, log, checkpointer, workdir)
-        summary = trainer.evaluate(state, "test") | {
+        summary = trainer.evaluate(state.evaluated_variables, "test") | {
             "steps": total,
             "best_step": checkpointer.best_step,
             "parameters": parameters,
@@ -321,32 +328,35 @@ def _update(
 
 
 def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, float]:
-    """Evaluates a workdir's newest checkpoint on the test split.
+    """Evaluates a workdir's newest checkpoint, or its file of weights, on the test split.
 
     Args:
       workdir: the run's directory.
       config: the run's configuration; None reads the one that the directory was begun with.
 
     Returns:
-      steps, test_loss, test_accuracy, test_examples, and test_accuracy_top5 above ten classes.
+      steps (not of a file of weights), test_loss, test_accuracy, test_examples, and test_accuracy_top5 above
+      ten classes.
 
     Raises:
       WorkdirError: the directory holds no run, another run, or no checkpoint yet.
     """
-    saved = workdir_lib.read_config(workdir)
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict(), defaults=_defaults(config.to_dict()))
-    # The mesh is one of where the run was trained; here is somewhere else. Nor is a teacher needed any more.
-    described = saved | {"mesh": {}} if config is None else config.to_dict()
+    described = config_here(workdir) if config is None else config.to_dict()
+    # A teacher is needed no more.
     trainer = Trainer(described | {"distillation": {}})
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
+        if checkpointer.latest_step is None and (Path(workdir) / WEIGHTS).exists():
+            _, variables, _ = load_model(workdir)
+            return trainer.evaluate(variables, "test")
         if checkpointer.latest_step is None:
             raise WorkdirError(
                 f"{Path(workdir).absolute()} has no complete checkpoint yet, so there is nothing to evaluate."
                 " Train first: the same command without --eval_only."
             )
         state = checkpointer.restore_state(trainer.abstract_state())
-        return {"steps": int(state.step)} | trainer.evaluate(state, "test")
+        return {"steps": int(state.step)} | trainer.evaluate(state.evaluated_variables, "test")
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def open_workdir(
       workdir: the run's directory.
       config: the configuration as a plain dictionary of JSON values.
       extend: accept another number of steps than the one the directory was begun with. The schedule is
-        that of the new number, so the learning rate jumps where the old one had already fallen.
+        that of the new number, so the learning rate jumps where the old one had already fallen; so does the
+        exponent that `anneal_fraction` lowers.
       defaults: as `require_same` takes them.
 
     Returns:
@@ -128,6 +129,12 @@ def open_workdir(
     file = path / "config.json"
     # What was begun but never saved holds nothing to protect: a mistyped first command can be corrected.
     begun = has_checkpoints(path)
+    if not begun and (path / "weights.npz").exists():
+        raise WorkdirError(
+            f"{path} holds a trained model as one file of weights, weights.npz, which a run there would hide."
+            " Choose another directory with --workdir; to go on from that model name it as"
+            " --config.warm_start.source."
+        )
     if begun and file.exists():
         require_same(path, config, extend=extend, defaults=defaults)
     elif begun:

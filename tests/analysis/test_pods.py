@@ -92,6 +92,10 @@ def test_without_the_compiler_it_is_skipped_with_a_reason(tmp_path, monkeypatch,
     [
         (["--config=configs/no_such.py"], "no_such.py"),
         (["--config.batch_size=100", "--pod=v5e-16"], "batch_size=100 does not divide over 16 devices"),
+        (
+            ["--config.distillation.teacher=runs/t", "--config.distillation.soft_labels=1.0", "--pod=v5e-16"],
+            "distillation.teacher='runs/t' .* only runs without a teacher",
+        ),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, arguments, message):

@@ -103,7 +103,7 @@ def main(workdir, *names):
                 state, metrics = update(state, batch)
                 figure["losses"].append(float(metrics["loss"]))
             if name in EVALUATED:
-                figure["test"] = run.evaluate(state, "test")
+                figure["test"] = run.evaluate(state.evaluated_variables, "test")
         final[name] = flat(state)
         figure["far"] = {
             path: float(np.abs(leaf - final["1"][path]).max() / (np.abs(final["1"][path]).max() + 1e-9))

@@ -62,6 +62,8 @@ def test_the_loss_is_the_one_of_the_teachers_outputs(twin):
         outputs(teacher_model, teacher_variables),
         targets,
     )
+    # The search for a divergence computes the same loss: of nothing that is not finite it finds nothing.
+    assert run.find_culprit(state, batch).startswith("All activations and gradients are finite one by one")
     state, metrics = run.train_step(state, sharding.put_batch(batch, run.mesh))
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
     for name, part in parts.items():
@@ -106,6 +108,13 @@ def test_what_cannot_be_inherited_is_named(twin, tmp_path):
     info = run.dataset.info
     with pytest.raises(ValueError, match="distillation.teacher='.*' cannot be loaded.*config.json"):
         load_teacher(DistillationConfig(teacher=str(tmp_path), soft_labels=1.0), info, run.model)
+    summary = twin / "summary.json"
+    with pytest.raises(ValueError, match="is not finished: it has checkpoints but no summary.json"):
+        summary.rename(twin / "moved.json")
+        try:
+            load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0), info, run.model)
+        finally:
+            (twin / "moved.json").rename(summary)
     other = dataclasses.replace(info, mean=(0.25,))
     with pytest.raises(ValueError, match="trained on 'digits', whose mean differs"):
         load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0), other, run.model)

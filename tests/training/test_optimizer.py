@@ -86,6 +86,9 @@ def test_decay_mask():
     assert mask["query"] == {"adder_kernel": False, "norm": {"scale": False, "bias": False}}
     assert mask["class_token"] is False
     assert decay_mask(PARAMS, decay_adder=True)["query"]["adder_kernel"] is True
+    mask = decay_mask(PARAMS, decay_adder=False, decay_rest=True)
+    assert mask.pop("query") == {"adder_kernel": False, "norm": {"scale": True, "bias": True}}
+    assert all(jax.tree.leaves(mask))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

@@ -44,6 +44,18 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert kept(tmp_path) == [4, 8, 9]
 
 
+def test_a_checkpoint_older_than_a_field_of_the_state(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": jnp.arange(3), "average": None}, batches(), None)
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        state = {"w": jnp.zeros(3, jnp.int32), "average": None}
+        restored = checkpointer.restore_state(state | {"younger": None})
+        assert restored.pop("younger") is None and restored.pop("average") is None
+        np.testing.assert_array_equal(restored["w"], jnp.arange(3))
+        with pytest.raises(ValueError, match="younger"):
+            checkpointer.restore_state(state | {"younger": jnp.zeros(3)})
+
+
 def test_without_validation_the_newest_are_kept(tmp_path):
     with Checkpointer(tmp_path, keep_latest=2) as checkpointer:
         for step in range(1, 5):

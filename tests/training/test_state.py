@@ -90,6 +90,8 @@ def test_fields_of_another_model_are_refused():
         RunConfig.parse(resnet_config(**{"model.identity": True}))
     with pytest.raises(ConfigError, match="variant='ResNet-21' is not known; choose one of .*'ResNet-20'"):
         RunConfig.parse(resnet_config(**{"model.variant": "ResNet-21"}))
+    with pytest.raises(ConfigError, match="model.implementation='reference' computes the L1 distance only"):
+        RunConfig.parse(resnet_config(anneal_fraction=0.5))
 
 
 class OneLayer(nn.Module):

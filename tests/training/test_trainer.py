@@ -76,7 +76,7 @@ def test_summary_and_log(finished):
 
 
 def test_a_file_of_weights_stands_for_the_checkpoints(finished, tmp_path):
-    workdir, _ = finished
+    workdir, summary = finished
     for name in ("config.json", "dataset.json"):
         shutil.copy(workdir / name, tmp_path)
     write_weights(workdir, tmp_path / "weights.npz")
@@ -84,9 +84,27 @@ def test_a_file_of_weights_stands_for_the_checkpoints(finished, tmp_path):
     assert model.config.depth == 1 and small_info == info
     # float16 has 11 bits.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=1e-7), variables, small)
-    assert (tmp_path / "weights.npz").stat().st_size < 3 * sum(
-        x.size for x in jax.tree.leaves(small)
-    ) + 20_000
+    size = sum(leaf.size for leaf in jax.tree.leaves(small))
+    assert (tmp_path / "weights.npz").stat().st_size < 3 * size + 20_000
+    assert evaluate(tmp_path)["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-2)
+    with pytest.raises(WorkdirError, match="weights.npz, which a run there would hide. Choose another"):
+        train(small_config(), tmp_path, progress=False)
+    (tmp_path / "weights.npz").write_bytes((tmp_path / "weights.npz").read_bytes()[:500])
+    with pytest.raises(WorkdirError, match="weights.npz cannot be read"):
+        load_model(tmp_path)
+    np.savez(tmp_path / "weights.npz", **{"params/class_token": np.zeros((1, 1, 16)), "power": np.float32(1)})
+    with pytest.raises(WorkdirError, match="does not belong.*params/block_0/.* differ"):
+        load_model(tmp_path)
+
+
+def test_a_run_of_another_kind_of_machine_is_evaluated(finished, tmp_path):
+    workdir, summary = finished
+    shutil.copytree(workdir, tmp_path / "there")
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["implementation"], config["mesh"]["tensor"] = "tpu", 64
+    (tmp_path / "there" / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path / "there")[0].config.implementation is None
+    assert evaluate(tmp_path / "there")["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
 
 
 def test_it_learns(tmp_path):
@@ -291,7 +309,7 @@ def test_devices_do_not_change_the_update():
 def test_evaluation_is_the_mean_over_every_image():
     run = Trainer(small_config(batch_size=32))
     state = run.new_state()
-    figures = run.evaluate(state, "test")
+    figures = run.evaluate(state.evaluated_variables, "test")
     source = run.dataset.test
     images = np.stack([source[i]["image"] for i in range(len(source))])
     labels = np.array([source[i]["label"] for i in range(len(source))])
