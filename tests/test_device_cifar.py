@@ -131,7 +131,7 @@ def test_what_comes_back_is_small_and_finite(tmp_path, monkeypatch):
 
     value = np.arange(6, dtype=np.float32).reshape(2, 3) / 7
     monkeypatch.setattr(
-        restore, "load_model", lambda workdir: (None, {"params": {"fc1": {"kernel": value}}}, None)
+        restore, "load_model", lambda *_, **__: (None, {"params": {"fc1": {"kernel": value}}}, None)
     )
     script.export(tmp_path, tmp_path / "adder.npz")
     with np.load(tmp_path / "adder.npz") as saved:
