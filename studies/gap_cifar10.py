@@ -7,18 +7,19 @@ top of the learning rate that was found best; `multiply` and `vit` are screened 
 rates, so that they are no easier to beat. The best three then run over 20 epochs with three seeds
 (`final-...`), beside `multiply` and `vit` at their best rate. The teacher, and the source of a warm
 start, is the first seed of `final-multiply`: its 20 epochs come on top of the student's. So that this is
-no advantage unseen, `final-multiply-warm` lets the twin go on from the same weights for as many epochs.
+no advantage unseen, `final-multiply-warm` lets the twin go on from the same weights for as many epochs,
+and `final-multiply-features` lets it learn from the same teacher.
 Run it with `--keep_checkpoints`: later rows read those of `final-multiply-seed0`.
 
 What this can show: which tools help a small model that is trained for a short time. One seed of a
 screening run is good for about a point.
 """
 
+import math
 from typing import Any
 
 from adderflax.analysis.study import Comparison, Run
 
-CONFIG = "configs/cifar10_adder_vit.py"
 SUBSET = {
     "data.train_examples": 5000,
     "data.validation_fraction": 0.0,
@@ -37,12 +38,23 @@ SUBSET = {
     "eval_every": 10_000,
     "checkpoint_every": 10_000,
 }
-TEACHER = "runs/studies/gap_cifar10/final-multiply-seed0"
 LR3, LR6 = {"optimizer.learning_rate": 3e-3}, {"optimizer.learning_rate": 6e-3}
-WARM = {"warm_start.source": TEACHER}
-SOFT = {"distillation.teacher": TEACHER, "distillation.soft_labels": 0.5, "distillation.temperature": 2.0}
-ATTENTION = {"distillation.teacher": TEACHER, "distillation.attention": 1.0}
-FEATURES = {"distillation.teacher": TEACHER, "distillation.features": 1.0}
+
+
+def lessons(study: str) -> dict[str, dict[str, Any]]:
+    """What can be taken over from the first final run of a study's twin."""
+    teacher = f"runs/studies/{study}/final-multiply-seed0"
+    taught = {"distillation.teacher": teacher}
+    return {
+        "warm": {"warm_start.source": teacher},
+        "features": taught | {"distillation.features": 1.0},
+        "attention": taught | {"distillation.attention": 1.0},
+        "soft": taught | {"distillation.soft_labels": 0.5, "distillation.temperature": 2.0},
+    }
+
+
+LESSONS = lessons("gap_cifar10")
+WARM, FEATURES = LESSONS["warm"], LESSONS["features"]
 
 # What is changed, by the name of the row; its first word is the arithmetic.
 TWINS: dict[str, dict[str, Any]] = {
@@ -53,9 +65,7 @@ TWINS: dict[str, dict[str, Any]] = {
     "vit-lr3": LR3,
     "vit-lr6": LR6,
 }
-ALONE: dict[str, dict[str, Any]] = {
-    "adder": {},
-    "adder-lr3": LR3,
+TOOLS: dict[str, dict[str, Any]] = {
     "adder-multiplier1": {"optimizer.adder_multiplier": 1.0},
     "adder-multiplier30": {"optimizer.adder_multiplier": 30.0},
     "adder-dx-sign": {"model.grad_inputs": "sign"},
@@ -72,13 +82,14 @@ ALONE: dict[str, dict[str, Any]] = {
         "optimizer.adder_local_rate": 0.2,
     },
 }
+ALONE: dict[str, dict[str, Any]] = {"adder": {}, "adder-lr3": LR3} | TOOLS
 TOGETHER: dict[str, dict[str, Any]] = {
     "adder-lr6": LR6,
-    "adder-lr3-warm": LR3 | WARM,
-    "adder-lr3-features": LR3 | FEATURES,
-    "adder-lr3-attention": LR3 | ATTENTION,
-    "adder-lr3-soft": LR3 | SOFT,
+    **{f"adder-lr3-{name}": LR3 | changes for name, changes in LESSONS.items()},
     "adder-lr3-power": LR3 | {"model.power_activation": True},
+    # Twice the default scale of 16 features: trained adder maps are nearer to rank one than the twin's.
+    "adder-lr3-hot": LR3 | {"model.attention_scale": 2 / math.sqrt(2 * 16 * (1 - 2 / math.pi))},
+    "adder-lr3-dot": LR3 | {"model.similarity": "dot"},
     "adder-lr3-dx-hardtanh4": LR3 | {"model.grad_inputs": "hardtanh:4"},
     "adder-lr3-warm-features": LR3 | WARM | FEATURES,
     "adder-lr3-anneal": LR3 | {"anneal_fraction": 0.2},
@@ -86,37 +97,57 @@ TOGETHER: dict[str, dict[str, Any]] = {
 FINALS: dict[str, dict[str, Any]] = {
     "multiply": LR3,
     "vit": LR3,
+    "adder": LR3,
     "adder-features": LR3 | FEATURES,
     "adder-warm": LR3 | WARM,
     "adder-warm-features": LR3 | WARM | FEATURES,
 }
-# As many epochs for the multiplying twin as a warm-started model has seen in all.
-CONTROLS: dict[str, dict[str, Any]] = {"multiply-warm": LR3 | WARM}
+# The same help for the multiplying twin.
+CONTROLS: dict[str, dict[str, Any]] = {"multiply-warm": LR3 | WARM, "multiply-features": LR3 | FEATURES}
 
 
-def row(kind: str, name: str, changes: dict[str, Any], epochs: float, seeds: tuple[int, ...]) -> Run:
-    """A row of the study."""
-    config = f"{CONFIG}:{name.partition('-')[0]}"
-    overrides = SUBSET | {"epochs": epochs} | changes
-    return Run(name=f"{kind}-{name}", config=config, overrides=overrides, seeds=seeds)
+def rows(
+    kind: str,
+    config: str,
+    changed: dict[str, dict[str, Any]],
+    seeds: tuple[int, ...],
+    overrides: dict[str, Any],
+) -> list[Run]:
+    """A row of the study for each name: the first word is the arithmetic."""
+    return [
+        Run(
+            name=f"{kind}-{name}",
+            config=f"{config}:{name.partition('-')[0]}",
+            overrides=overrides | changes,
+            seeds=seeds,
+        )
+        for name, changes in changed.items()
+    ]
 
 
 def runs() -> list[Run]:
     """The final runs, the teacher first, and the screening runs."""
-    finals = [row("final", name, changes, 20.0, (0, 1, 2)) for name, changes in FINALS.items()]
-    finals += [row("final", name, changes, 20.0, (0,)) for name, changes in CONTROLS.items()]
-    screened = TWINS | ALONE | TOGETHER
-    return finals + [row("screen", name, changes, 10.0, (0,)) for name, changes in screened.items()]
+    config = "configs/cifar10_adder_vit.py"
+    long, short = SUBSET | {"epochs": 20.0}, SUBSET | {"epochs": 10.0}
+    return (
+        rows("final", config, FINALS, (0, 1, 2), long)
+        + rows("final", config, CONTROLS, (0,), long)
+        + rows("screen", config, TWINS | ALONE | TOGETHER, (0,), short)
+    )
 
 
 def comparisons() -> list[Comparison]:
     """Every tool against the adder model without it, and the final adder models against both twins."""
     found = [Comparison(name, f"screen-{name}", "screen-adder") for name in ALONE if name != "adder"]
     found += [Comparison(name, f"screen-{name}", "screen-adder-lr3") for name in TOGETHER]
-    for base in ("multiply", "vit"):
-        found += [
-            Comparison(f"{name} against {base}", f"final-{name}", f"final-{base}")
-            for name in FINALS
-            if name.startswith("adder")
-        ]
-    return found
+    return found + against_twins(FINALS)
+
+
+def against_twins(finals: dict[str, dict[str, Any]]) -> list[Comparison]:
+    """The final adder models against both twins."""
+    adders = [name for name in finals if name.startswith("adder")]
+    return [
+        Comparison(f"{name} against {base}", f"final-{name}", f"final-{base}")
+        for base in ("multiply", "vit")
+        for name in adders
+    ]
