@@ -8,8 +8,6 @@ Images must be normalized as that code does: in 0..1, less (0.4914, 0.4822, 0.44
 (0.2023, 0.1994, 0.2010). `adderflax.data` divides by other deviations.
 """
 
-import importlib
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adderflax.models.resnet import AdderResNet, AdderResNetConfig
+from adderflax.models.weight_files import read_weight_file
 
 _PREFIX = "module."
 _COUNTER = "num_batches_tracked"  # newer PyTorch counts steps; nothing here depends on it
@@ -36,8 +35,8 @@ def load_addernet_weights(file: str | Path, config: AdderResNetConfig | None = N
     """Reads weights of the official AdderNet code.
 
     Args:
-      file: a ``.pth`` or ``.pt`` state dict, for which PyTorch must be installed, or an ``.npz`` with the
-        same names.
+      file: a state dict as ``.pth``, ``.pt`` (PyTorch must be installed) or ``.safetensors`` (safetensors
+        must be), or an ``.npz`` with the same names.
       config: the network; None means the official ResNet-20.
 
     Returns:
@@ -48,24 +47,9 @@ def load_addernet_weights(file: str | Path, config: AdderResNetConfig | None = N
       ValueError: the file is of another kind, or names or shapes do not fit the network; the message lists
         them.
       FileNotFoundError: there is no such file.
-      ModuleNotFoundError: a PyTorch file without PyTorch.
+      ModuleNotFoundError: the package that reads such files is not installed.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not a file. Give the .pth, .pt or .npz with the weights.")
-    if file.suffix == ".npz":
-        try:
-            with np.load(file) as archive:
-                state = dict(archive)
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file} is not a NumPy archive of arrays: {error}") from error
-    elif file.suffix in (".pth", ".pt"):
-        state = _torch_state(file)
-    else:
-        raise ValueError(
-            f"{file}: weights are read from .pth, .pt or .npz, not {file.suffix or 'no suffix'}."
-        )
-    return convert_addernet_weights(state, config)
+    return convert_addernet_weights(read_weight_file(file), config)
 
 
 def convert_addernet_weights(
@@ -124,20 +108,3 @@ def _official_names(config: AdderResNetConfig) -> tuple[dict[str, tuple[int, ...
 def _native(array: np.ndarray) -> jax.Array:
     """[O, I, height, width] -> [height, width, I, O]; vectors as they are."""
     return jnp.asarray(array if array.ndim == 1 else array.transpose(2, 3, 1, 0))
-
-
-def _torch_state(file: Path) -> Mapping[str, Any]:
-    try:
-        torch = importlib.import_module("torch")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Reading {file} needs PyTorch: pip install torch. Or convert the file once where it is "
-            "installed: numpy.savez('weights.npz', **{name: t.numpy() for name, t in state.items()})."
-        ) from error
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{file} is not a PyTorch state dict that can be read safely: {error}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{file} holds a {type(state).__name__}, not a state dict of names and tensors.")
-    return state

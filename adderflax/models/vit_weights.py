@@ -15,9 +15,7 @@ prediction the same). Images must be normalized as the file's authors did: for D
 deviation, for Google's files by 0.5 and 0.5.
 """
 
-import importlib
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from adderflax.models.addernet_weights import _torch_state
 from adderflax.models.vit import PRESETS, VisionTransformerConfig
+from adderflax.models.weight_files import read_weight_file
 
 _WRAPPERS = ("model", "state_dict")  # DeiT's files and timm's training checkpoints
 _LISTED = 8  # names of one kind that an error prints
@@ -65,10 +63,7 @@ def load_vit_weights(file: str | Path, config: VisionTransformerConfig) -> dict[
       FileNotFoundError: there is no such file.
       ModuleNotFoundError: the package that reads such files is not installed.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not a file. Give the .pth, .pt, .safetensors or .npz itself.")
-    return convert_vit_weights(_read(file), config)
+    return convert_vit_weights(read_weight_file(file), config)
 
 
 def convert_vit_weights(state: Mapping[str, Any], config: VisionTransformerConfig) -> dict[str, Any]:
@@ -235,24 +230,3 @@ def _listed(names: list[str]) -> str:
 def _float32(array: Any) -> np.ndarray:
     # NumPy knows no bfloat16, in which some tensors come.
     return np.asarray(array.float() if hasattr(array, "float") else array, np.float32)
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    if file.suffix in (".pth", ".pt"):
-        return _torch_state(file)
-    if file.suffix == ".npz":
-        try:
-            with np.load(file) as archive:
-                return dict(archive)
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file} is not a NumPy archive of arrays: {error}") from error
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file}: weights are read from .pth, .pt, .safetensors or .npz files only.")
-    try:
-        safetensors = importlib.import_module("safetensors.numpy")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"Reading {file} needs safetensors: pip install safetensors.") from error
-    try:
-        return safetensors.load_file(file)
-    except Exception as error:
-        raise ValueError(f"{file} is not a safetensors file that NumPy can hold: {error}") from error

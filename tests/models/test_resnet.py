@@ -124,7 +124,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="not a NumPy archive"):
         load_addernet_weights(tmp_path / "weights.npz")
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="read from .pth, .pt or .npz, not .bin"):
+    with pytest.raises(ValueError, match="read from .pth, .pt, .safetensors or .npz files only"):
         load_addernet_weights(tmp_path / "weights.bin")
 
 
