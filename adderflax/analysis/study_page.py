@@ -35,7 +35,10 @@ def write_page(study: Study, results: Path, file: str) -> Path:
     }
     finished = {name: found for name, found in finished.items() if found}
     if not finished:
-        raise StudyError(f"{results} has no finished run of {study.name} yet: run the study first.")
+        raise StudyError(
+            f"{results} has no finished run of {study.name} yet. Run the study first: the same command"
+            " without --report."
+        )
     page = [
         f"# {study.title}",
         study.text,

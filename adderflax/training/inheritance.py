@@ -73,6 +73,10 @@ def inherited_params(
         )
     source = Path(config.source)
     try:
+        if not source.exists():
+            raise ValueError(
+                "it does not exist. Give a trained run's workdir, or a .pth, .pt, .safetensors or .npz file."
+            )
         if source.is_dir():
             module, variables, _ = load_model(source)
             if not isinstance(module, VisionTransformer):

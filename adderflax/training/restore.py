@@ -95,6 +95,7 @@ def write_weights(workdir: str | Path, file: str | Path, *, best: bool = False) 
     narrow = [name for name in arrays if name.startswith("params/")]
     if wide := [name for name in narrow if np.abs(arrays[name]).max(initial=0.0) > largest]:
         raise ValueError(f"{', '.join(wide)} of {workdir} exceed {largest:.0f}, the largest float16.")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     np.savez(file, **arrays | {name: arrays[name].astype(np.float16) for name in narrow})
 
 
