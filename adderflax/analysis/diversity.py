@@ -132,7 +132,8 @@ class Diversity:
       feature_distance: `rank_one_distance` of each layer's output, [N, L].
       feature_residual: `mean_residual` of each layer's output, [N, L].
       token_similarity: `token_cosine_similarity` of each layer's output, [N, L].
-      class_attention: weights of the first (class) token before the identity, [N, L, H, T].
+      class_attention: weights of the class token before the identity, or, in a model without one, their
+        mean over all tokens, [N, L, H, T].
     """
 
     identity: bool
@@ -220,6 +221,7 @@ def measure(
     if not any(path[-1] == "attention_weights" for path in sown):
         return None
     identity = bool(model.config.identity)
+    pools_token = getattr(model.config, "pooling", "token") == "token"
     rows = []
     # One image at a time: the maps of many images of a large model would not fit into memory.
     for image in images:
@@ -233,7 +235,7 @@ def measure(
                 "feature_distance": rank_one_distance(singular_values(features)),
                 "feature_residual": mean_residual(features),
                 "token_similarity": token_cosine_similarity(features),
-                "class_attention": softmax[..., 0, :],
+                "class_attention": softmax[..., 0, :] if pools_token else np.mean(softmax, axis=-2),
             }
         )
     return Diversity(identity=identity, **{name: np.stack([row[name] for row in rows]) for name in rows[0]})

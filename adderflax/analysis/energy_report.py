@@ -152,6 +152,7 @@ def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:
         multiplies = entry.kind in (PRODUCT, ADDER)
         if "norm" in name.lower():
             return NORMALIZATION
+        name = "patch_embedding" if name.startswith("stem_") else name
         if name in _PARTS:
             return _PARTS[name]
         if name == "attention":

@@ -87,8 +87,9 @@ def draw_attention(found: Diversity, images: np.ndarray, file: str | Path) -> No
     """Attention of the class token over the first images, before the identity, mean over heads.
 
     Args:
-      found: the measurement; its first token is the class token, the others are the patches of a
-        square grid in reading order.
+      found: the measurement; its tokens are the patches of a square grid in reading order, after a class
+        token unless their number is a square. Without a class token it is the mean of all tokens that is
+        shown.
       images: uint8 [N, H, W, C], those that were measured.
       file: where to; the ending chooses the format.
 
@@ -97,12 +98,14 @@ def draw_attention(found: Diversity, images: np.ndarray, file: str | Path) -> No
       OSError: the file cannot be written.
     """
     layers, tokens = found.class_attention.shape[1], found.class_attention.shape[-1]
-    side = math.isqrt(tokens - 1)
+    side = math.isqrt(tokens)
+    has_class_token = side**2 != tokens
     shown = images[:_SHOWN_IMAGES]
     chosen = np.unique(np.linspace(0, layers - 1, min(layers, _SHOWN_LAYERS)).round().astype(int))
     figure, panels = _panels(len(shown) * (1 + len(chosen)), columns=1 + len(chosen), size=(1.5, 1.5))
     grid = np.reshape(panels, (len(shown), -1))
-    patches = np.mean(found.class_attention, axis=2)[..., 1:].reshape(-1, layers, side, side)
+    patches = np.mean(found.class_attention, axis=2)[..., int(has_class_token) :]
+    patches = patches.reshape(-1, layers, side, side)
     # One scale for all: what a layer looks at can be compared with what another does.
     top = float(np.max(patches[: len(shown)][:, chosen]))
     extent = (0, images.shape[2], images.shape[1], 0)
@@ -126,7 +129,8 @@ def draw_attention(found: Diversity, images: np.ndarray, file: str | Path) -> No
             if row == 0:
                 axes.set_title(f"layer {chosen[column - 1]}", fontsize=9)
     bar = figure.colorbar(drawn, ax=list(grid[:, 1:].flat), shrink=0.7)
-    bar.set_label("attention of the class token", fontsize=9)
+    what = "attention of the class token" if has_class_token else "mean attention of all tokens"
+    bar.set_label(what, fontsize=9)
     _save(figure, file)
 
 

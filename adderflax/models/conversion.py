@@ -47,6 +47,7 @@ from adderflax.operators import adder_attention
 
 Path = tuple[str, ...]
 _SIZES = ("image_size", "patch_size", "channels", "num_classes", "embed_dim", "num_heads", "mlp_dim", "depth")
+_SIZES += ("stem", "pooling")
 _ATTENTION = ("similarity", "aggregation", "identity", "attention_scale")
 _KERNEL, _TEMPLATES = ("kernel",), ("adder_kernel",)
 _SCALE, _BIAS, _POWER = ("norm", "scale"), ("norm", "bias"), ("power",)
@@ -129,7 +130,7 @@ def warm_start(
         part = _part(result, layer)
         part |= {path: _neutral(path, part[path].shape) for path in (_SCALE, _BIAS)}
         if _TEMPLATES in part and layer + _TEMPLATES not in source:
-            part[_TEMPLATES] = _templates(source[layer + _KERNEL], inputs)
+            part[_TEMPLATES] = dense_templates(source[layer + _KERNEL], inputs)
         detached = context.module.copy(parent=None)
         normalized = detached.apply({"params": traverse_util.unflatten_dict(part)}, inputs)
         mean, deviation = _moments(normalized)
@@ -146,8 +147,16 @@ def warm_start(
     return traverse_util.unflatten_dict(result)
 
 
-def _templates(kernel_IxO: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Templates [I, O] that follow a dense kernel, for a layer that sees `inputs` [..., I]."""
+def dense_templates(kernel_IxO: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Templates [I, O] that follow a dense kernel, for a layer that sees `inputs` [..., I].
+
+    A convolution's kernel, [height, width, I, O], gives its templates likewise: every position sees the same
+    features.
+    """
+    if kernel_IxO.ndim == 4:
+        features, shape = inputs.reshape(-1, inputs.shape[-1]), kernel_IxO.shape
+        flat_IxO = kernel_IxO.reshape(-1, shape[-1])
+        return dense_templates(flat_IxO, jnp.tile(features, (1, shape[0] * shape[1]))).reshape(shape)
     mean_I, deviation_I = _moments(inputs)
     variance_Ix1 = jnp.square(deviation_I)[:, None]
     total = jnp.maximum(jnp.sum(variance_Ix1), 1e-12)

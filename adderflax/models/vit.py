@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from adderflax.encoder import EncoderBlock, EncoderConfig, dense
-from adderflax.layers import ARITHMETICS, Exponent, layer_norm, require_choice
+from adderflax.layers import ARITHMETICS, AdderConv, Exponent, MultiplyConv, layer_norm, require_choice
+
+STEMS = ("patch", "conv")
+POOLINGS = ("token", "mean")
 
 # Sizes of DeiT (Touvron et al., 2021, table 1) for ImageNet; /4 are the same encoders on 4-pixel patches,
 # for CIFAR-10.
@@ -23,6 +26,19 @@ for _variant in ("Ti", "S"):
         "image_size": 32,
         "num_classes": 10,
     }
+# As deep and wide as CCT-7 (Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact Transformers"),
+# for images of 32 pixels.
+VARIANTS["compact/4"] = {
+    "patch_size": 4,
+    "embed_dim": 256,
+    "depth": 7,
+    "num_heads": 4,
+    "mlp_dim": 512,
+    "stem": "conv",
+    "pooling": "mean",
+    "image_size": 32,
+    "num_classes": 10,
+}
 VARIANTS["digits"] = {
     "patch_size": 2,
     "embed_dim": 64,
@@ -64,8 +80,14 @@ class VisionTransformerConfig(EncoderConfig):
       channels: channels of the input.
       num_classes: number of logits.
       depth: number of encoder blocks.
-      patch_embedding: arithmetic of the patch embedding. "multiply" is a dense layer with bias, the
-        laboratory's rule for first layers; "adder" is an `AdderDense`.
+      stem: "patch" embeds the patches themselves. "conv" embeds what 3x3 convolutions of stride 2 leave of
+        them, one for each halving of `patch_size` (a power of two), each normalized and followed by a GELU,
+        of widths embed_dim / 4, embed_dim / 2 for 4-pixel patches (after Xiao et al. 2021, "Early
+        Convolutions Help Transformers See Better").
+      pooling: "token" classifies by a class token; "mean" by the mean of the normalized tokens, and there
+        is no class token.
+      patch_embedding: arithmetic of the patch embedding, the convolutions of its stem included. "multiply"
+        is a dense layer with bias, the laboratory's rule for first layers; "adder" is an `AdderDense`.
       head: arithmetic of the classifier. "multiply" is a dense layer with bias; "adder" an `AdderDense`
         whose LayerNorm spans the logits.
     """
@@ -75,6 +97,8 @@ class VisionTransformerConfig(EncoderConfig):
     channels: int = 3
     num_classes: int = 1000
     depth: int = 12
+    stem: str = "patch"
+    pooling: str = "token"
     patch_embedding: str = "multiply"
     head: str = "multiply"
 
@@ -82,6 +106,8 @@ class VisionTransformerConfig(EncoderConfig):
         super().__post_init__()
         for name in ("patch_embedding", "head"):
             require_choice(name, getattr(self, name), ARITHMETICS)
+        require_choice("stem", self.stem, STEMS)
+        require_choice("pooling", self.pooling, POOLINGS)
         for name in ("channels", "num_classes", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -91,13 +117,24 @@ class VisionTransformerConfig(EncoderConfig):
                 " is cut into whole square patches. Choose another image size, or another variant:"
                 f" {', '.join(VARIANTS)}."
             )
+        halvings = self.patch_size.bit_length() - 1
+        if self.stem == "conv" and (halvings < 1 or 2**halvings != self.patch_size):
+            raise ValueError(
+                f"patch_size={self.patch_size} with stem='conv', which halves the image until a patch is one"
+                " position: choose 2, 4, 8, ..., or stem='patch'."
+            )
+        if self.stem == "conv" and self.embed_dim % self.patch_size:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} with stem='conv', whose first width is embed_dim / patch_size:"
+                f" choose a multiple of {self.patch_size}, or stem='patch'."
+            )
 
     @classmethod
     def from_variant(cls, variant: str, arithmetic: str = "adder", **fields) -> "VisionTransformerConfig":
         """A named size in a named arithmetic.
 
         Args:
-          variant: one of "Ti/16", "S/16", "B/16", "Ti/4", "S/4", "digits".
+          variant: one of "Ti/16", "S/16", "B/16", "Ti/4", "S/4", "compact/4", "digits".
           arithmetic: "adder"; "multiply", its twin, in which linear layers, output projection and
             similarity multiply and all else is the same; "vit", the standard pre-norm DeiT with biases and
             no identity; "custom", for which every preset field must be given.
@@ -123,14 +160,15 @@ class VisionTransformerConfig(EncoderConfig):
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens, the class token included."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """Number of tokens, the class token included where there is one."""
+        return (self.image_size // self.patch_size) ** 2 + (self.pooling == "token")
 
 
 class VisionTransformer(nn.Module):
     """ViT classifier, images [B, image_size, image_size, channels] -> float32 logits [B, num_classes].
 
     Token order, class token, learned position embedding and final LayerNorm are those of ViT and DeiT.
+    `config.stem` and `config.pooling` put other things in place of the patches and of the class token.
     Attention maps and the output of every block are sown as intermediates when that collection is mutable.
     """
 
@@ -157,27 +195,12 @@ class VisionTransformer(nn.Module):
                 f"images have shape {images_BxHxWxC.shape}, but this model takes [batch, "
                 f"{', '.join(map(str, expected))}]. Resize the images, or set image_size and channels."
             )
-        B, D, P = images_BxHxWxC.shape[0], config.embed_dim, config.patch_size
-        side = config.image_size // P
-        patches_BxNxP = (
-            images_BxHxWxC.astype(config.compute_dtype)
-            .reshape(B, side, P, side, P, config.channels)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(B, side * side, P * P * config.channels)
-        )
-        # First and last layer carry a normalization only where they add: sums of differences need one.
-        x = dense(
-            config,
-            config.patch_embedding,
-            D,
-            "patch_embedding",
-            normalization="layer" if config.patch_embedding == "adder" else "none",
-            use_bias=True,
-        )(patches_BxNxP, p)
-
-        token = self.param("class_token", nn.initializers.zeros_init(), (1, 1, D))
-        position = self.param("position_embedding", nn.initializers.normal(0.02), (1, x.shape[1] + 1, D))
-        x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (B, 1, D)), x], axis=1)
+        x = self._embedded(images_BxHxWxC.astype(config.compute_dtype), p)
+        B, _, D = x.shape
+        if config.pooling == "token":
+            token = self.param("class_token", nn.initializers.zeros_init(), (1, 1, D))
+            x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (B, 1, D)), x], axis=1)
+        position = self.param("position_embedding", nn.initializers.normal(0.02), (1, x.shape[1], D))
         x = x + jnp.broadcast_to(position.astype(x.dtype), x.shape)
 
         # Where remat does not take p as static it traces it, and a traced p has no kernels.
@@ -190,7 +213,11 @@ class VisionTransformer(nn.Module):
             x = block_class(block_config, name=f"block_{index}")(x, train, p)
             self.sow("intermediates", "block_outputs", x)
 
-        x = layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, "norm")(x[:, 0])
+        # The normalization is token by token: all others are left out before it.
+        x = x[:, 0] if config.pooling == "token" else x
+        x = layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, "norm")(x)
+        if config.pooling == "mean":
+            x = jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)
         logits = dense(
             config,
             config.head,
@@ -201,3 +228,49 @@ class VisionTransformer(nn.Module):
             use_bias=True,
         )(x, p)
         return logits.astype(jnp.float32)
+
+    def _embedded(self, images_BxHxWxC: jax.Array, p: Exponent) -> jax.Array:
+        """What stands for the patches, in reading order: [B, patches, embed_dim]."""
+        config = self.config
+        x, P = images_BxHxWxC, config.patch_size
+        if config.stem == "conv":
+            for index in range(P.bit_length() - 1):
+                width = config.embed_dim * 2**index // P
+                x = nn.gelu(self._stem_convolution(width, f"stem_{index}")(x, p))
+            P = 1
+        B, H, W, C = x.shape
+        x_BxNxP = (
+            x.reshape(B, H // P, P, W // P, P, C)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(B, (H // P) * (W // P), P * P * C)
+        )
+        # First and last layer carry a normalization only where they add: sums of differences need one.
+        return dense(
+            config,
+            config.patch_embedding,
+            config.embed_dim,
+            "patch_embedding",
+            normalization="layer" if config.patch_embedding == "adder" else "none",
+            use_bias=True,
+        )(x_BxNxP, p)
+
+    def _stem_convolution(self, features: int, name: str) -> nn.Module:
+        config = self.config
+        shared = {
+            "features": features,
+            "kernel_size": (3, 3),
+            "strides": (2, 2),
+            "padding": ((1, 1), (1, 1)),
+            "dtype": config.compute_dtype,
+            "epsilon": config.layer_norm_epsilon,
+            "name": name,
+        }
+        if config.patch_embedding == "multiply":
+            return MultiplyConv(**shared)
+        return AdderConv(
+            grad_x=config.grad_inputs,
+            grad_kernel=config.grad_kernel,
+            implementation=config.implementation,
+            power_activation=config.power_activation,
+            **shared,
+        )

@@ -84,6 +84,11 @@ def convert_vit_weights(state: Mapping[str, Any], config: VisionTransformerConfi
             " preset, VisionTransformerConfig.from_variant(variant, 'vit'), and turn that model into this"
             " one with adderflax.models.warm_start."
         )
+    if (config.stem, config.pooling) != ("patch", "token"):
+        raise ValueError(
+            "Published ViTs embed the patches themselves and classify by a class token, but this model has"
+            f" stem={config.stem!r} and pooling={config.pooling!r}. Set stem='patch' and pooling='token'."
+        )
     state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
     if "dist_token" in state:
         raise ValueError(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from adderflax import VisionTransformer, VisionTransformerConfig, adder_attention
 from adderflax import diversity as command
-from adderflax.analysis import diversity
+from adderflax.analysis import diversity, figures
 from adderflax.data import DatasetInfo
 from adderflax.training.config import default_config
 from adderflax.training.trainer import train
@@ -124,6 +124,21 @@ def test_measure_agrees_with_numpy(identity):
         np.testing.assert_allclose(found.feature_distance[:, layer], distance, atol=1e-5)
         cosine = diversity.token_cosine_similarity(np.asarray(features))
         np.testing.assert_allclose(found.token_similarity[:, layer], cosine, atol=1e-5)
+
+
+def test_without_a_class_token_it_is_all_tokens_that_attend(tmp_path):
+    model, variables = small_model(pooling="mean")
+    found = diversity.measure(model, variables, IMAGES, INFO)
+    assert found.class_attention.shape == (3, 2, 2, 16)
+    np.testing.assert_allclose(found.class_attention.sum(-1), 1, atol=1e-5)
+    normalized = (IMAGES[:1].astype(np.float32) / 255 - 0.5) / 0.25
+    _, captured = model.apply(variables, normalized, mutable=["intermediates"])
+    (maps,) = captured["intermediates"]["block_1"]["attention"]["attention_weights"]
+    expected = (np.asarray(maps[0], np.float64) - np.eye(16)).mean(axis=1)
+    np.testing.assert_allclose(found.class_attention[0, 1], expected, atol=1e-5)
+    figures.draw_attention(found, IMAGES, tmp_path / "attention.png")
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert min(picture.size) > 300
 
 
 def test_figures_are_means_over_images_and_heads():

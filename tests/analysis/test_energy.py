@@ -98,6 +98,13 @@ def test_parts_by_hand():
     assert set(twin) == set(parts) and not any(part.adder_elements for part in twin.values())
 
 
+def test_a_stem_is_part_of_the_patch_embedding():
+    # 3x3 convolutions of stride 2: 8 to 4 positions a side and 16 features, which are embedded.
+    parts = split_into_parts(inference_ledger(digits_model(stem="conv", pooling="mean")))
+    assert parts["patch embedding"].macs == 16 * 9 * 32 + 16 * 32 * 64
+    assert parts["scores"].adder_elements == 4 * 4 * 16 * 16 * 16
+
+
 def test_parts_add_up_to_the_total():
     model = digits_model()
     ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))

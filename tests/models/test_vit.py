@@ -109,7 +109,8 @@ def test_custom_needs_every_preset_field():
     [
         (
             ("Ti/8",),
-            "variant='Ti/8' is not known; choose one of 'Ti/16', 'S/16', 'B/16', 'Ti/4', 'S/4', 'digits'",
+            "variant='Ti/8' is not known; choose one of 'Ti/16', 'S/16', 'B/16', 'Ti/4', 'S/4', "
+            "'compact/4', 'digits'",
         ),
         (
             ("Ti/16", "add"),
@@ -144,10 +145,11 @@ EVERYTHING_ADDS = {"patch_embedding": "adder", "head": "adder", "aggregation": "
         PRESETS["vit"],
         {"remat": True, "power_activation": True},
         {"dtype": "bfloat16"},
+        {"stem": "conv", "pooling": "mean"},
+        {"stem": "conv", "pooling": "mean"} | EVERYTHING_ADDS,
     ],
-    ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16"],
+    ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16", "stem", "adder-stem"],
 )
-@jax.numpy_dtype_promotion("standard")  # flax's LayerNorm itself promotes bfloat16 to float32
 def test_forward_and_gradients_are_finite_and_reach_every_parameter(fields):
     config = dataclasses.replace(TINY, **fields)
     model = VisionTransformer(config)
@@ -231,6 +233,63 @@ def test_patches_are_cut_row_by_row():
     grid = np.arange(64).reshape(8, 8)
     expected = [grid[r : r + 4, c : c + 4].ravel() for r in (0, 4) for c in (0, 4)]
     np.testing.assert_array_equal(captured["patches"][0], expected)
+
+
+COMPACT = dataclasses.replace(TINY, stem="conv", pooling="mean")
+
+
+@pytest.mark.parametrize("arithmetic", ["adder", "multiply"])
+def test_a_stem_halves_the_image_until_a_patch_is_one_position(arithmetic):
+    config = dataclasses.replace(COMPACT, embed_dim=32, patch_embedding=arithmetic)
+    model = VisionTransformer(config)
+    params = init(model)["params"]
+    name = "adder_kernel" if arithmetic == "adder" else "kernel"
+    assert [params[f"stem_{i}"][name].shape for i in (0, 1)] == [(3, 3, 1, 8), (3, 3, 8, 16)]
+    assert params["patch_embedding"][name].shape == (16, 32) and "stem_2" not in params
+    # What a token sees: moving one pixel changes the tokens whose windows hold it, no others.
+    found = []
+
+    def record(next_function, arguments, keywords, context):
+        out = next_function(*arguments, **keywords)
+        if context.module.name == "patch_embedding":
+            found.append(np.asarray(out))
+        return out
+
+    with nn.intercept_methods(record):
+        model.apply({"params": params}, images(config))
+        model.apply({"params": params}, images(config).at[:, 7, 7].add(1.0))
+    np.testing.assert_array_equal(found[0][:, :3], found[1][:, :3])
+    assert found[0].shape == (2, 4, 32) and not np.allclose(found[0][:, 3], found[1][:, 3])
+
+
+def test_pooling_by_the_mean_has_no_class_token():
+    params = init(VisionTransformer(COMPACT))["params"]
+    assert "class_token" not in params and params["position_embedding"].shape == (1, 4, 8)
+    assert (COMPACT.num_tokens, TINY.num_tokens) == (4, 5)
+    # Without positions nothing tells the patches apart: their order cannot matter.
+    config = dataclasses.replace(TINY, pooling="mean")
+    params = init(VisionTransformer(config))["params"]
+    params["position_embedding"] = jnp.zeros_like(params["position_embedding"])
+    left, right = jnp.split(images(config), 2, axis=2)
+    logits = [
+        VisionTransformer(config).apply({"params": params}, jnp.concatenate(halves, axis=2))
+        for halves in ((left, right), (right, left))
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stem": "cnn"}, "stem='cnn' is not known; choose one of 'patch', 'conv'"),
+        ({"pooling": "max"}, "pooling='max' is not known; choose one of 'token', 'mean'"),
+        ({"stem": "conv", "image_size": 9, "patch_size": 3}, "patch_size=3 with stem='conv'.*choose 2, 4, 8"),
+        ({"stem": "conv", "embed_dim": 10, "num_heads": 1}, "embed_dim=10 .*choose a multiple of 4"),
+    ],
+)
+def test_stem_and_pooling_mistakes(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **fields)
 
 
 def test_intermediates_are_captured_on_request():

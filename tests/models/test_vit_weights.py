@@ -225,3 +225,9 @@ def test_models_that_cannot_hold_them():
         convert_vit_weights(timm_state() | {"dist_token": np.zeros((1, 1, D))}, CONFIG)
     with pytest.raises(ValueError, match="this one has linear='adder', .*adderflax.models.warm_start"):
         convert_vit_weights(timm_state(), VisionTransformerConfig.from_variant("Ti/4", "adder"))
+
+
+def test_a_stem_or_mean_pooling_has_no_published_weights():
+    for field in ({"stem": "conv"}, {"pooling": "mean"}):
+        with pytest.raises(ValueError, match="Set stem='patch' and pooling='token'"):
+            convert_vit_weights(timm_state(), dataclasses.replace(CONFIG, **field))
