@@ -1,8 +1,8 @@
 """Checks and times the CUDA kernels on a GPU: `python3 benchmarks/device_gpu.py`, under 7 minutes.
 
 Needs jax with CUDA and numpy; torch, where installed, is timed beside. Each section runs in a
-process of its own, so that one that crashes the GPU leaves the others alone. Results go to
-$OUT/device_results.json, or ./device_results.json.
+process of its own, so that one that crashes the GPU leaves the others alone; the checks, which time
+nothing, run at once. Results go to $OUT/device_results.json, or ./device_results.json.
 
     python3 benchmarks/device_gpu.py                 checks and timings
     python3 benchmarks/device_gpu.py check-forward   one section, or several
@@ -14,6 +14,7 @@ is an (m, n, k) triple; the limits are those of an H200: 132 multiprocessors x 1
 1.98 GHz over the instructions of an element.
 """
 
+import concurrent.futures
 import functools
 import itertools
 import json
@@ -40,7 +41,7 @@ from device_gpu_checks import (
 
 TWO, THREE = 16_700e9, 11_130e9  # elements/s at two and three instructions each
 SETS = 3  # of operands, in rotation
-DENSE = [(50432, 384, 1536), (50432, 1536, 384), (50432, 192, 192), (1024, 192, 768)]  # M, K, N
+DENSE = [(50432, 384, 1536), (50432, 1536, 384), (50432, 192, 192), (16384, 256, 512)]  # M, K, N
 WHOLE_ATTENTION = [(64, 197, 6, 64), (256, 65, 3, 64), (8, 1025, 6, 64)]  # batch, tokens, heads, depth
 ATTENTION = [(768, 197, 64, 197), (1024, 65, 64, 65)]  # batch, M, K, N
 
@@ -246,10 +247,10 @@ def tune():
 # --- sections, each in a child ---
 
 SECTIONS = {  # name: (function, seconds it may take, whether it runs unasked)
-    "check-forward": (functools.partial(check, "forward"), 70, True),
-    "check-gradient_x": (functools.partial(check, "gradient_x"), 70, True),
-    "check-gradient_y": (functools.partial(check, "gradient_y"), 70, True),
-    "check-attention": (check_attention, 70, True),
+    "check-forward": (functools.partial(check, "forward"), 100, True),
+    "check-gradient_x": (functools.partial(check, "gradient_x"), 100, True),
+    "check-gradient_y": (functools.partial(check, "gradient_y"), 100, True),
+    "check-attention": (check_attention, 100, True),
     "time-dense": (functools.partial(time_kernels, DENSE), 90, True),
     "time-attention": (functools.partial(time_kernels, ATTENTION), 60, True),
     "time-whole-attention": (time_whole_attention, 90, True),
@@ -308,9 +309,15 @@ def main(arguments):
     results = {"machine": machine(), "sections": {}, "records": []}
     print(results["machine"], flush=True)
     path = Path(os.environ.get("OUT") or ".") / "device_results.json"
-    for name in arguments or [name for name, (_, _, unasked) in SECTIONS.items() if unasked]:
-        run_section(name, results)
-        path.write_text(json.dumps(results, indent=1))
+    names = arguments or [name for name, (_, _, unasked) in SECTIONS.items() if unasked]
+    checks = [name for name in names if name.startswith("check-")]
+    with concurrent.futures.ThreadPoolExecutor(max(len(checks), 1)) as pool:
+        list(pool.map(lambda name: run_section(name, results), checks))
+    path.write_text(json.dumps(results, indent=1))
+    for name in names:
+        if name not in checks:
+            run_section(name, results)
+            path.write_text(json.dumps(results, indent=1))
 
     print("\n== summary of", results["machine"])
     for found in results["records"]:

@@ -15,7 +15,7 @@ import pytest
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adderflax.operators import _gpu, _reference
+from adderflax.operators import _gpu, _reference, adder_matmul
 from adderflax.operators import _gpu_kernels as kernels
 from adderflax.operators.rules import Rule, canonical_rule
 
@@ -303,6 +303,16 @@ def test_lowering_for_cuda_holds_the_call(any_machine):
         config = mlir.ir.Attribute.parse(call.attributes["backend_config"].value, module.context)
         assert config["kernel_data"].value == f'.version 6.3\n\t"{lengths}"\\'
         assert config["block_x"].value >= 32 and config["grid_x"].value >= 3
+
+
+def test_the_kernels_are_what_runs_on_cuda_by_default(any_machine):
+    def run(x, y):
+        out, pull = jax.vjp(adder_matmul, x, y)
+        return out, *pull(out)
+
+    # The result, and the gradient of x; that of the templates is a product.
+    assert lowered(run, *specs((70, 64), (64, 60))).count("__gpu$xla.gpu.ptx") == 2
+    assert "__gpu$xla.gpu.ptx" not in lowered(run, *specs((70, 64), (64, 60)), platforms=("cpu",))
 
 
 def test_nothing_is_compiled_for_other_platforms(any_machine, monkeypatch):
