@@ -7,19 +7,21 @@
 Each call runs a command of at most 10 minutes over a copy of the checkout, takes at most 64 MiB along, brings
 8 files of 16 MiB back from $OUT, and reaches no network; what lies outside the checkout stays from call to
 call until the machine is given back. So the data and the wheels travel in pieces (`unpack`), which are joined
-and checked there; `probe` times both models on that GPU and from this sets one number of epochs for both,
-which fits the minutes; `train` trains them in turn, stops by SIGTERM when its seconds are over (exit code 75,
-everything saved) and goes on in the next call.
+and checked there; `probe` times an update of the models and runs the whole trainer once, briefly; `train`
+trains one run after the other, each for its number of epochs, stops by SIGTERM when its seconds are over
+(exit code 75, everything saved) and goes on in the next call:
+
+    python3 -m benchmarks.device_cifar train --seconds 480 multiply=60 taught=60
+
+The runs are "multiply", the twin; "adder"; and "taught", the adder model that learns from the finished twin
+besides the labels. All start from random weights.
 
 After each call $OUT holds, of every model that it trained, the evaluated weights of the newest checkpoint
 (float16, under 16 MiB) and the run's metrics.jsonl, summary.json and other small files. It does not hold
-what resuming elsewhere would take: parameters, averages and Adam's two moments are 82 MiB a model, more
-than a call carries. One machine must do it all, in its 30 minutes; on a second one the runs begin again.
+what resuming elsewhere would take: parameters, averages and Adam's two moments are some 60 MiB a model, about
+what a call carries. One machine must do it all, in its 30 minutes; on a second one the runs begin again.
 
-The config may be changed by --config.a.b=value behind `probe` and `train`, alike in each call. RandAugment
-stays on: a process makes 5,000 images/s (results/input.md), the 12 workers here up to 60,000, and the
-estimate expects 7,200 of the adder model and 16,000 of the twin. `probe` times without it, on digits enlarged
-to 32 pixels, because it runs before the images have arrived.
+The config may be changed by --config.a.b=value behind `probe` and `train`, alike in each call.
 """
 
 import argparse
@@ -41,21 +43,35 @@ KIT = REPOSITORY / ".device"
 # There, outside the checkout, which each call brings anew.
 FAR = Path(os.environ.get("ADDERFLAX_DEVICE_DIR", "/var/tmp/adderflax"))
 CONFIG = "configs/cifar10_adder_vit.py"
-MODELS = {"adder": CONFIG, "multiply": f"{CONFIG}:multiply"}
+MODELS = {"multiply": f"{CONFIG}:multiply", "adder": CONFIG}
+RUNS = MODELS | {"taught": f"{CONFIG}:taught"}
 RETURNED = 16 * MIB  # a file that a call brings back
+CHECKS = ("check-forward", "check-gradient_x", "check-gradient_y", "check-attention")
 WORKERS = 12  # of the machine's 16 cores
 PREEMPTED = 75  # exit code of train.py when a signal stopped it
 # A model that could train for fewer seconds than its start takes is left to the next call.
-WORTH_STARTING, SAVING = 60.0, 45.0
+WORTH_STARTING, SAVING = 45.0, 45.0
 
 
 # --- the runs ---
 
 
-def train_command(name: str, workdir: Path, overrides: Sequence[str]) -> list[str]:
-    """The command that begins or resumes the run of "adder" or "multiply"."""
-    command = [sys.executable, "train.py", f"--config={MODELS[name]}", f"--workdir={workdir}", "--noprogress"]
-    return command + list(overrides)
+def train_command(name: str, workdir: Path, fields: dict[str, object], overrides: Sequence[str]) -> list[str]:
+    """The command that begins or resumes a run of RUNS."""
+    command = [sys.executable, "train.py", f"--config={RUNS[name]}", f"--workdir={workdir}", "--noprogress"]
+    return command + [f"--config.{field}={value}" for field, value in fields.items()] + list(overrides)
+
+
+def start(command: Sequence[str], far: Path = FAR, log: Path | None = None, **environment: str):
+    """Starts a command with the wheels in reach and the cache of compiled programs; its `Popen`."""
+    path = os.pathsep.join([str(far / "site"), str(REPOSITORY)])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(far / "cache")
+    output = None
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("w")
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
 
 
 def run_until(deadline: float, command: Sequence[str], far: Path = FAR, **environment: str) -> int:
@@ -64,10 +80,7 @@ def run_until(deadline: float, command: Sequence[str], far: Path = FAR, **enviro
     Returns:
       Its exit code, PREEMPTED also where it had nothing to save yet; negative where it had to be killed.
     """
-    path = os.pathsep.join([str(far / "site"), str(REPOSITORY)])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(far / "cache")
-    child = subprocess.Popen(command, cwd=REPOSITORY, env=environment)
+    child = start(command, far, **environment)
     try:
         return child.wait(max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
@@ -80,106 +93,104 @@ def run_until(deadline: float, command: Sequence[str], far: Path = FAR, **enviro
     return PREEMPTED if status == -signal.SIGTERM else status
 
 
-def probe(minutes: float, implementations: Sequence[str], overrides: Sequence[str], far: Path = FAR) -> dict:
-    """Times 100 updates of both models and writes `far/recipe.json`, which `train` follows.
+def probe(dtypes: Sequence[str], overrides: Sequence[str], far: Path = FAR) -> int:
+    """Checks the CUDA kernels, runs the whole trainer for 60 updates, and times an update of both models.
+
+    The trainer runs on digits enlarged to 32 pixels, because the images have not arrived yet, with
+    RandAugment in worker processes. Checks, trainer and the compilation of all updates go side by side; then
+    each update is timed alone, and after them the kernels.
 
     Args:
-      minutes: which all pieces of both trainings together may take.
-      implementations: of the adder operators, in order of preference: one that fails is passed over.
+      dtypes: values of model.dtype to time.
       overrides: --config.a.b=value for every run.
-      far: where the recipe goes.
+      far: where the wheels are; logs go to `far/probe`.
 
     Returns:
-      The recipe: implementation, images_per_second by model, epochs.
-
-    Raises:
-      KitError: a model cannot be trained there.
+      0, or the exit code of a command that failed.
     """
-    speeds, chosen = {}, {}
-    for name in MODELS:
-        for chosen[name] in implementations:
-            workdir = far / "probe" / f"{name}-{chosen[name]}"
-            shutil.rmtree(workdir, ignore_errors=True)
-            timed = ["data.name=digits", "data.image_size=32", "augment.randaugment_layers=0"]
-            timed += ["total_steps=100", "log_every=20", f"model.implementation={chosen[name]}"]
-            command = train_command(name, workdir, [*overrides, *(f"--config.{field}" for field in timed)])
-            if run_until(time.monotonic() + 150.0, command, far) == 0:
-                break
-            print(f"{name} with {chosen[name]!r} failed", flush=True)
-        else:
-            raise KitError(f"No implementation of {', '.join(implementations)} trains {name}: see above.")
-        summary = json.loads((workdir / "summary.json").read_text())
-        speeds[name] = summary["images_per_second"]
-    epochs = min(epochs_within(60 * minutes, speeds.values()), int(summary["config"]["epochs"]))
-    recipe = {"implementation": chosen["adder"], "images_per_second": speeds, "epochs": epochs}
-    (far / "recipe.json").write_text(json.dumps(recipe))
-    return recipe
+    logs, quick = far / "probe", {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    quick["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    steps = {
+        f"{name}-{dtype}": [sys.executable, "-m", "benchmarks.step", f"--config={config}", "--json"]
+        + [*overrides, f"--config.model.dtype={dtype}"]
+        for name, config in MODELS.items()
+        for dtype in dtypes
+    }
+    shutil.rmtree(logs, ignore_errors=True)
+    fields = {"data.name": "digits", "data.image_size": 32, "data.workers": WORKERS, "total_steps": 60}
+    trainer = train_command("adder", logs / "trainer", fields | {"log_every": 10}, overrides)
+    kernels = [sys.executable, "benchmarks/device_gpu.py"]
+    children = {
+        "checks": start([*kernels, *CHECKS], far, logs / "checks.log", **quick),
+        "trainer": start(trainer, far, logs / "trainer.log", **quick),
+    }
+    children |= {name: start(command, far, logs / f"{name}.cold", **quick) for name, command in steps.items()}
+    statuses = {name: child.wait() for name, child in children.items()}
+    for name, command in steps.items():
+        if statuses[name] == 0:
+            statuses[name] = start(command, far, logs / f"{name}.log", **quick).wait()
+    statuses["time-dense"] = start(
+        [*kernels, "time-dense"], far, logs / "time-dense.log", OUT=str(logs), **quick
+    ).wait()
+    for name, status in statuses.items():
+        log = (logs / f"{name}.log") if (logs / f"{name}.log").exists() else logs / f"{name}.cold"
+        print(f"{name}: exit status {status}\n{log.read_text()[-3000:]}", flush=True)
+    if "OUT" in os.environ:
+        with tarfile.open(Path(os.environ["OUT"]) / "probe.tar.gz", "w:gz") as tar:
+            for file in sorted([*logs.glob("*.log"), *logs.glob("*.cold"), *logs.glob("*.json")]):
+                tar.add(file, f"probe/{file.name}")
+    return next((status for status in statuses.values() if status), 0)
 
 
-def train(seconds: float, epochs: int | None, overrides: Sequence[str], far: Path = FAR) -> int:
-    """Trains both models in turn, from wherever they are, for so many seconds, and fills $OUT.
+def train(seconds: float, runs: dict[str, float], overrides: Sequence[str], far: Path = FAR) -> int:
+    """Trains runs in turn, from wherever they are, for so many seconds, and fills $OUT.
 
     Args:
       seconds: after which the run at hand is asked to save and end.
-      epochs: of each model, the same in every call; None follows the recipe of `probe`.
+      runs: epochs of each, by a name of RUNS; the same in every call.
       overrides: --config.a.b=value for every run.
-      far: where the recipe, the data and the runs lie.
+      far: where the data and the runs lie.
 
     Returns:
-      0: both are finished; 75: the next call goes on; otherwise the exit code of the run that failed.
-
-    Raises:
-      KitError: neither `epochs` nor a recipe says how long to train.
+      0: all are finished; 75: the next call goes on; otherwise the exit code of the run that failed.
     """
-    deadline = time.monotonic() + seconds
-    recipe = far / "recipe.json"
-    if not (epochs or recipe.exists()):
-        raise KitError("How many epochs? Give --epochs, or let `probe` choose them first.")
-    followed = {"implementation": "gpu"} | (json.loads(recipe.read_text()) if recipe.exists() else {})
-    fields = {
-        "epochs": epochs or followed["epochs"],
-        "model.implementation": followed["implementation"],
-        "data.data_dir": far / "tfds",
-        "data.workers": WORKERS,
-    }
-    overrides = [*(f"--config.{name}={value}" for name, value in fields.items()), *overrides]
-    failed = 0
-    for name in MODELS:
+    deadline, exports = time.monotonic() + seconds, {}
+    for name, epochs in runs.items():
         workdir = far / "runs" / name
         if (workdir / "summary.json").exists():
             continue
         if deadline - time.monotonic() < WORTH_STARTING:
-            return PREEMPTED
-        status = run_until(deadline, train_command(name, workdir, overrides), far)
-        bring_back(name, workdir, far)
-        if status == PREEMPTED:
-            return PREEMPTED
-        failed = failed or status
-    return failed
+            status = PREEMPTED
+            break
+        fields = {"epochs": epochs, "data.data_dir": far / "tfds", "data.workers": WORKERS}
+        fields |= {"distillation.teacher": far / "runs" / "multiply"} if name == "taught" else {}
+        status = run_until(deadline, train_command(name, workdir, fields, overrides), far)
+        exports[name] = bring_back(name, workdir, far)
+        if status:
+            break
+    else:
+        status = 0
+    for name, child in exports.items():
+        if child and child.wait():
+            print(f"The weights of {name} could not be brought back", flush=True)
+    return status
 
 
-def bring_back(name: str, workdir: Path, far: Path = FAR) -> None:
-    """Lays a run's figures, and its evaluated weights where a checkpoint is, into $OUT."""
+def bring_back(name: str, workdir: Path, far: Path = FAR) -> subprocess.Popen | None:
+    """Lays a run's figures into $OUT, and begins to lay its evaluated weights there, if it has a checkpoint.
+
+    Returns:
+      The process that writes the weights, on the processor, while the next run has the GPU; or None.
+    """
     out = Path(os.environ.get("OUT") or far / "out")
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out / f"{name}.tar.gz", "w:gz") as tar:
         for file in sorted([*workdir.glob("*.json"), *workdir.glob("*.jsonl")]):
             tar.add(file, f"{name}/{file.name}")
-    if (far / "recipe.json").exists():
-        shutil.copyfile(far / "recipe.json", out / "recipe.json")
     if not any((workdir / "checkpoints").glob("[0-9]*")):
-        return
-    # On the processor, in a process of its own: there is no need to wait for the GPU.
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.device_cifar",
-        "export",
-        str(workdir),
-        str(out / f"{name}.npz"),
-    ]
-    if run_until(time.monotonic() + SAVING, command, far, JAX_PLATFORMS="cpu"):
-        print(f"The weights of {name} could not be brought back", flush=True)
+        return None
+    command = [sys.executable, "-m", "benchmarks.device_cifar", "export"]
+    return start([*command, str(workdir), str(out / f"{name}.npz")], far, JAX_PLATFORMS="cpu")
 
 
 def export(workdir: Path, file: Path) -> None:
@@ -217,35 +228,47 @@ def estimate(minutes: float, overrides: Sequence[str]) -> None:
         alone = epochs_within(60 * minutes, [speeds[name]], starts=2)
         print(f"  {minutes:g} minutes allow {alone} epochs")
     both = epochs_within(120 * minutes, speeds.values())
-    print(f"{2 * minutes:g} minutes allow {both} epochs of each. Assumed, not measured: {Rates()}")
+    print(f"{2 * minutes:g} minutes allow {both} epochs of each. Speeds, measured and assumed: {Rates()}")
 
 
-def calls(pieces: int, minutes: float, overrides: Sequence[str] = ()) -> list[dict[str, object]]:
+def calls(pieces: int, runs: dict[str, float], overrides: Sequence[str] = ()) -> list[dict[str, object]]:
     """The device calls of a whole lease: command, timeout_s and carry of each, in order."""
     script = "python3 -m benchmarks.device_cifar"
     fields = "".join(f" {override}" for override in overrides)
-    trains = f"{script} train --seconds"
-    commands = [(f"{script} unpack 1 && {script} probe --minutes {minutes:g}{fields}", 480, [1])]
+    trained = " ".join(f"{name}={epochs:g}" for name, epochs in runs.items())
+    trains = f"{script} train --seconds 480 {trained}{fields}"
+    commands = [(f"{script} unpack 1 && {script} probe{fields}", 300, [1])]
     commands += [(f"{script} unpack {number}", 120, [number]) for number in range(2, pieces)]
-    commands += [(f"{script} unpack {pieces} && {trains} 480{fields}", 600, [pieces])]
-    commands += [(f"{trains} 510{fields}", 600, [])] * 2
+    commands += [(f"{script} unpack {pieces} && {trains}", 600, [pieces]), (trains, 600, [])]
     return [
         {"command": command, "timeout_s": limit, "carry": [f".device/{number}" for number in carry]}
         for command, limit, carry in commands
     ]
 
 
-def plan(minutes: float, overrides: Sequence[str], kit: Path = KIT) -> None:
+def plan(runs: dict[str, float], overrides: Sequence[str], kit: Path = KIT) -> None:
     """Prints the calls for what `pack` laid ready."""
     pieces = sum(entry.name.isdigit() for entry in kit.iterdir()) if kit.is_dir() else 0
     if not pieces:
         raise KitError(f"{kit} is empty: begin with `python -m benchmarks.device_cifar pack --data_dir DIR`.")
-    for number, call in enumerate(calls(pieces, minutes, overrides), 1):
+    for number, call in enumerate(calls(pieces, runs, overrides), 1):
         print(f"{number}. {json.dumps(call)}")
     print(
         "Each within 30 s of the one before; the last one again until its exit code is 0 (75: more to do);"
         " then give_back. Copy what a training call brought back: the next call replaces it."
     )
+
+
+def epochs_of(text: str) -> tuple[str, float]:
+    """Reads "NAME=EPOCHS"."""
+    name, _, epochs = text.partition("=")
+    try:
+        if name not in RUNS or not 0 < float(epochs) < 1e6:
+            raise ValueError
+    except ValueError:
+        allowed = ", ".join(RUNS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=EPOCHS, NAME one of {allowed}") from None
+    return name, float(epochs)
 
 
 # Subcommands that take --config.a.b=value.
@@ -268,12 +291,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add["unpack"].add_argument("number", type=int, help="of the piece, from 1")
     add["pack"].set_defaults(kit=KIT)
     add["unpack"].set_defaults(kit=KIT, far=FAR)
-    for name in ("plan", "probe"):
-        add[name].add_argument("--minutes", type=float, default=20.0, help="for both trainings (default 20)")
+    for name in ("plan", "train"):
+        add[name].add_argument("runs", nargs="+", type=epochs_of, help=f"NAME=EPOCHS: {', '.join(RUNS)}")
     add["estimate"].add_argument("--minutes", type=float, default=12.0, help="for each model (default 12)")
-    add["probe"].add_argument("--implementations", nargs="+", default=["gpu", "xla"], help="default gpu xla")
+    add["probe"].add_argument("--dtypes", nargs="+", default=["float32"], help="default float32")
     add["train"].add_argument("--seconds", type=float, required=True, help="of this call")
-    add["train"].add_argument("--epochs", type=int, help="of each model (default: as `probe` found)")
     add["export"].add_argument("workdir", type=Path)
     add["export"].add_argument("file", type=Path)
     arguments, overrides = parser.parse_known_args(argv)
@@ -283,13 +305,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {wrong[0]}; fields are set by --config.a.b=value")
     if takes_overrides:
         values["overrides"] = overrides
+    if "runs" in values:
+        values["runs"] = dict(values["runs"])
     try:
         result = function(**values)
     except (KitError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
-    if function in (pack, probe):
+    if function is pack:
         print(result)
-    return result if function is train else 0
+    return result if function in (probe, train) else 0
 
 
 if __name__ == "__main__":

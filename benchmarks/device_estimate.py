@@ -1,6 +1,8 @@
-"""How long an epoch of CIFAR-10 should take on an H200: counted operations over assumed speeds.
+"""How long an epoch of CIFAR-10 should take on an H200: counted operations over speeds.
 
-Nothing here was measured on one but the bandwidth; `device_cifar.py probe` measures there.
+The speeds of the adder operators and of the gradient of templates were measured on one
+(results/operators.md), and so was the bandwidth; the others are assumed. `device_cifar.py probe` measures
+whole updates there.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,23 +28,24 @@ class Counts(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Assumed speeds of an H200; none of the adder's has been measured.
+    """Speeds of an H200.
 
     Attributes:
-      forward: adder elements/s, 60 % of what 132 x 128 lanes at 1.98 GHz do at two instructions each.
-      input_gradient: likewise, 48 %.
-      scores: adder elements/s of the small problems of attention, forward and for each gradient.
-      exact: FLOP/s of float32 products, 60 % of the datasheet's 67 T: gradients of adder templates.
-      products: FLOP/s of TF32 products, 40 % of the datasheet's 494 T: everything that multiplies.
+      forward: adder elements/s, measured: 71 % of what 132 x 128 lanes at 1.98 GHz do at two instructions
+        each.
+      input_gradient: likewise, 66 %.
+      scores: adder elements/s of the small problems of attention, forward and for each gradient; assumed.
+      exact: FLOP/s of float32 products, measured: gradients of adder templates.
+      products: FLOP/s of TF32 products, 40 % of the datasheet's 494 T, assumed: everything that multiplies.
       bandwidth: bytes/s, as a copy was measured on such a machine.
-      fused: share of the unfused elementwise bytes that still move when XLA has fused.
-      step: seconds of an update that launching, small kernels and gaps take.
+      fused: share of the unfused elementwise bytes that still move when XLA has fused; assumed.
+      step: seconds of an update that launching, small kernels and gaps take; assumed.
     """
 
-    forward: float = 10_000e9
-    input_gradient: float = 8_000e9
+    forward: float = 11_900e9
+    input_gradient: float = 11_000e9
     scores: float = 5_000e9
-    exact: float = 40e12
+    exact: float = 35e12
     products: float = 200e12
     bandwidth: float = 4.3e12
     fused: float = 0.25
@@ -50,8 +53,10 @@ class Rates(NamedTuple):
 
 
 RATES = Rates()
-EXAMPLES = 45_000  # images of the training part
-STARTS = 45.0  # seconds that a process takes to its second update: imports, data, compilation
+EXAMPLES = 49_000  # images of the training part
+# Seconds of a process besides its updates: imports, data, workers, compilation, validations, saves. Measured
+# on an H200: 263 s for 11,484 updates of the twin, which took 150 s (results/cifar10.md).
+STARTS = 110.0
 CALLS = 4  # processes that train, both models together
 MARGIN = 0.9  # share of the remaining seconds that updates get; validation and saves take the others
 

@@ -1,6 +1,5 @@
 """The script for a lent GPU machine: what travels arrives whole, and its calls and estimates add up."""
 
-import json
 import sys
 import tarfile
 import time
@@ -60,7 +59,7 @@ def test_damage_and_mixed_packings_are_refused(packed, tmp_path):
 
 def test_the_machine_takes_every_call():
     fields = ["--config.model.dtype=bfloat16", "--config.augment.randaugment_layers=0"]
-    calls = script.calls(3, 20, fields)
+    calls = script.calls(3, {"multiply": 60.0, "taught": 60.0}, fields)
     for call in calls:
         assert len(call["command"]) < 2000 and call["timeout_s"] <= 600
         words = call["command"].split()
@@ -85,7 +84,7 @@ def test_the_deadline_asks_a_run_to_save(tmp_path):
 
 
 def test_the_models_are_trained_in_turn_and_resumed(tmp_path, monkeypatch):
-    statuses, seen, back = [1, 75, 0, 0], [], []
+    statuses, seen, back = [75, 0, 1, 0], [], []
 
     def run(deadline, command, far):
         seen.append(command)
@@ -97,17 +96,53 @@ def test_the_models_are_trained_in_turn_and_resumed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "run_until", run)
     monkeypatch.setattr(script, "bring_back", lambda name, *_: back.append(name))
-    with pytest.raises(device_kit.KitError, match="--epochs"):
-        script.train(500.0, None, [], tmp_path)
-    (tmp_path / "recipe.json").write_text(json.dumps({"implementation": "xla", "epochs": 7}))
-    # The first fails, which must not cost the second its turn; that one is stopped.
-    assert script.train(500.0, None, ["--config.seed=1"], tmp_path) == script.PREEMPTED
-    assert script.train(500.0, None, ["--config.seed=1"], tmp_path) == 0
-    assert script.train(500.0, None, ["--config.seed=1"], tmp_path) == 0
-    assert back == ["adder", "multiply", "adder", "multiply"] and seen[1] == seen[3]
-    assert {"--config.epochs=7", "--config.model.implementation=xla", "--config.seed=1"} <= set(seen[0])
-    (tmp_path / "runs" / "multiply" / "summary.json").unlink()
-    assert script.train(script.WORTH_STARTING - 1, None, [], tmp_path) == script.PREEMPTED and len(seen) == 4
+    runs = {"multiply": 7.0, "taught": 5.0}
+    # The twin is stopped: the one that it is to teach must wait for it.
+    assert script.train(500.0, runs, ["--config.seed=1"], tmp_path) == script.PREEMPTED
+    assert script.train(500.0, runs, ["--config.seed=1"], tmp_path) == 1  # the other fails
+    assert script.train(500.0, runs, ["--config.seed=1"], tmp_path) == 0
+    assert back == ["multiply", "multiply", "taught", "taught"] and seen[0] == seen[1] and seen[2] == seen[3]
+    assert {"--config.epochs=7.0", "--config.seed=1", f"--config={script.CONFIG}:multiply"} <= set(seen[0])
+    teacher = f"--config.distillation.teacher={tmp_path / 'runs' / 'multiply'}"
+    assert {"--config.epochs=5.0", teacher, f"--config={script.CONFIG}:taught"} <= set(seen[2])
+    assert teacher not in seen[0]
+    (tmp_path / "runs" / "taught" / "summary.json").unlink()
+    assert script.train(script.WORTH_STARTING - 1, runs, [], tmp_path) == script.PREEMPTED and len(seen) == 4
+
+
+def test_runs_are_named_with_their_epochs(capsys):
+    assert script.epochs_of("taught=2.5") == ("taught", 2.5)
+    for text in ("adder", "vit=3", "adder=0", "adder=many"):
+        with pytest.raises(SystemExit):
+            script.main(["train", "--seconds", "1", text])
+        assert f"{text!r} is not NAME=EPOCHS, NAME one of multiply, adder, taught" in capsys.readouterr().err
+
+
+def test_the_probe_compiles_side_by_side_and_times_alone(tmp_path, monkeypatch, capsys):
+    running, alone, failing = set(), [], set()
+
+    class Child:
+        def __init__(self, command, far, log, **environment):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"said by {log.name}")
+            self.log = log
+            running.add(log.name)
+
+        def wait(self):
+            running.discard(self.log.name)
+            alone.append((self.log.name, not running))
+            return 3 if self.log.name in failing else 0
+
+    monkeypatch.setattr(script, "start", Child)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert script.probe(["float32"], [], tmp_path) == 0
+    timed = [name for name, by_itself in alone if name.endswith(".log") and by_itself]
+    assert timed == ["multiply-float32.log", "adder-float32.log", "time-dense.log"]
+    assert "adder-float32: exit status 0\nsaid by adder-float32.log" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "probe.tar.gz") as tar:
+        assert "probe/checks.log" in tar.getnames()
+    failing.add("multiply-float32.cold")
+    assert script.probe(["float32"], [], tmp_path) == 3
 
 
 def test_the_estimate_adds_up():
@@ -117,12 +152,12 @@ def test_the_estimate_adds_up():
     rates = device_estimate.Rates(1e13, 5e12, 1e12, 4e13, 2e14, 4e12, 0.25, 2.56e-3)
     parts = device_estimate.seconds_an_epoch(counts, 256, rates)
     an_image = [1e-4, 2e-4, 5e-5, 3e-5, 3e-6, 1.875e-5, 1e-5]
-    assert list(parts.values()) == pytest.approx([45_000 * seconds for seconds in an_image])
+    assert list(parts.values()) == pytest.approx([49_000 * seconds for seconds in an_image])
     # Small products take as long as their bytes.
     bound = device_estimate.seconds_an_epoch(counts._replace(product_bytes=8 * 10**6), 256, rates)
-    assert bound["products"] == pytest.approx(45_000 * 6e-6)
-    # 4 starts of 45 s leave 900 s, of which updates get 810; 5 s and 3 s an epoch.
-    assert device_estimate.epochs_within(1080.0, [9_000.0, 15_000.0]) == 101
+    assert bound["products"] == pytest.approx(49_000 * 6e-6)
+    # 4 starts of 110 s leave 900 s, of which updates get 810; 5 s and 3 s an epoch.
+    assert device_estimate.epochs_within(1340.0, [9_800.0, 49_000 / 3]) == 101
     assert device_estimate.epochs_within(10.0, [9_000.0]) == 1
 
 
@@ -142,14 +177,14 @@ def test_what_comes_back_is_small_and_finite(tmp_path, monkeypatch):
         script.export(tmp_path, tmp_path / "adder.npz")
 
     ran = []
-    monkeypatch.setattr(script, "run_until", lambda deadline, command, *_, **__: ran.append(command[3:]) or 0)
+    monkeypatch.setattr(script, "start", lambda command, *_, **__: ran.append(command[3:]) or "a child")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     (tmp_path / "adder").mkdir()
     (tmp_path / "adder" / "metrics.jsonl").write_text("{}\n")
-    script.bring_back("adder", tmp_path / "adder", tmp_path)
+    # A run without a checkpoint has no weights.
+    assert script.bring_back("adder", tmp_path / "adder", tmp_path) is None and not ran
     with tarfile.open(tmp_path / "out" / "adder.tar.gz") as tar:
         assert [Path(name).name for name in tar.getnames()] == ["metrics.jsonl"]
-    assert not ran  # a run without a checkpoint has no weights
     (tmp_path / "adder" / "checkpoints" / "10").mkdir(parents=True)
-    script.bring_back("adder", tmp_path / "adder", tmp_path)
+    assert script.bring_back("adder", tmp_path / "adder", tmp_path) == "a child"
     assert ran == [["export", str(tmp_path / "adder"), str(tmp_path / "out" / "adder.npz")]]
