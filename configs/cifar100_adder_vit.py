@@ -1,8 +1,11 @@
-"""Adder ViT (DeiT-Ti on 4-pixel patches, 5.4 M parameters) on CIFAR-100, from scratch, 200 epochs.
+"""Adder ViT (7 blocks of width 256, a small stem, 3.9 M parameters) on CIFAR-100, from scratch, 100 epochs.
 
-    python train.py --config configs/cifar100_adder_vit.py
+    python train.py --config configs/cifar100_adder_vit.py:multiply   # the twin
+    python train.py --config configs/cifar100_adder_vit.py:taught     # the adder model that learns from it
+    python train.py --config configs/cifar100_adder_vit.py            # the adder model alone
 
-Arguments: ``:multiply`` is the multiplying twin, ``:vit`` the standard ViT.
+Other argument: ``:vit`` is the standard ViT. ``:taught`` reads the finished twin from
+runs/cifar100_adder_vit-multiply, or from ``--config.distillation.teacher=WORKDIR``.
 Data: downloaded and prepared on first use, or ``--config.data.data_dir=DIR``.
 Hardware: one accelerator; on a CPU use a short override such as ``--config.total_steps=100``.
 Accuracy and time: not yet run in full.
@@ -14,5 +17,5 @@ from adderflax.training.recipes import cifar
 
 
 def get_config(arithmetic: str = "adder") -> ConfigDict:
-    """The configuration, in the given arithmetic."""
+    """The configuration, in the given arithmetic, or "taught"."""
     return cifar("cifar100", arithmetic)

@@ -21,6 +21,9 @@ from typing import Any
 from adderflax.analysis.study import Comparison, Run
 
 SUBSET = {
+    "model.variant": "Ti/4",
+    "model.dtype": None,
+    "optimizer.learning_rate": 1e-3,
     "data.train_examples": 5000,
     "data.validation_fraction": 0.0,
     "model.patch_size": 8,

@@ -59,6 +59,17 @@ def test_config_describes_a_run(file, arithmetic, preset):
     assert module.get_config().model.arithmetic == "adder"
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_taught_model_is_the_adder_model_with_a_lesson(name):
+    (file,) = (file for file in FILES if file.stem == f"{name}_adder_vit")
+    adder, taught = (load(file).get_config(argument).to_dict() for argument in ("adder", "taught"))
+    lesson = taught.pop("distillation")
+    assert adder.pop("distillation")["teacher"] is None and adder == taught
+    # Where the command that the docstring gives for the twin leaves it.
+    assert lesson["teacher"] == f"runs/{file.stem}-multiply" and lesson["features"] == 1.0
+    assert f"configs/{file.name}:taught" in load(file).__doc__
+
+
 def test_no_figure_is_left_open():
     root = FILES[0].parent.parent
     for file in (*FILES, root / "README.md"):
