@@ -73,3 +73,40 @@ def test_pages_show_pictures_that_exist():
     for page in RESULTS.glob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (RESULTS / target).exists(), f"{page.name}: {target}"
+
+
+def test_accuracies_of_the_gap_study():
+    lines = [json.loads(line) for line in (RESULTS / "gap_cifar10.jsonl").read_text().splitlines()]
+
+    def accuracy(name, seeds=(0, 1, 2)):
+        found = [x["figures"]["test_accuracy"] for x in lines if x["name"] == name and x["seed"] in seeds]
+        assert len(found) == len(seeds)
+        return np.mean(found)
+
+    adder, twin, vit, _ = row(
+        "CIFAR-10, 5,000 training images, small model, 20 epochs, mean of seeds 0, 1, 2"
+    )
+    told = [float(number) for cell in (adder, twin, vit) for number in re.findall(r"0\.\d{4}", cell)]
+    names = [f"final-{name}" for name in ("adder", "adder-features", "adder-warm")]
+    expected = [accuracy(name) for name in (*names, "final-multiply")]
+    expected += [accuracy(f"final-multiply-{name}", (0,)) for name in ("features", "warm")]
+    np.testing.assert_allclose(told, [*expected, accuracy("final-vit")], atol=5.1e-5)
+
+
+def test_the_table_of_the_h200_is_what_its_runs_wrote():
+    page = (RESULTS / "cifar10.md").read_text()
+    steps, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith(("| update |", "| twin, v", "| taught adder, v"))
+    ]
+    for name, cells in zip(("multiply", "taught"), rows, strict=True):
+        lines = map(json.loads, (RESULTS / "cifar10" / name / "metrics.jsonl").read_text().splitlines())
+        found = {x["step"]: x["validation_accuracy"] for x in lines if "validation_accuracy" in x}
+        told = {
+            int(step.replace(",", "")): cell for step, cell in zip(steps[1:-1], cells[1:]) if cell[:1] == "0"
+        }
+        assert len(told) >= 2
+        assert {step: f"{found[step]:.3f}" for step in told} == told
+    summary = json.loads((RESULTS / "cifar10" / "multiply" / "summary.json").read_text())
+    assert f"| {summary['test_accuracy']:.4f} |" in page and summary["devices"] == ["NVIDIA H200"]
