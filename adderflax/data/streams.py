@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from multiprocessing import pool
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
@@ -169,10 +169,13 @@ class _InThreads:
 
     def __init__(self, load: Callable[[Any], dict]):
         self._load = load
-        self._pool = futures.ThreadPoolExecutor(_THREADS)
+        # Not an executor of concurrent.futures, all of which share a lock: an iterator that is forgotten is
+        # closed by the garbage collector, perhaps while another executor holds that lock, and closing waits
+        # for the thread that waits here.
+        self._pool = pool.ThreadPool(_THREADS)
 
     def __call__(self, items: list) -> dict[str, np.ndarray]:
-        examples = list(self._pool.map(self._load, items))
+        examples = self._pool.map(self._load, items)
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 

@@ -1,7 +1,9 @@
 """TFRecord data: read front to back, every image once an epoch, resumed where it was."""
 
+import concurrent.futures.thread
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -67,6 +69,22 @@ def test_resume_gives_the_batches_that_would_have_come(sets, taken):
         for name in expected:
             np.testing.assert_array_equal(expected[name], found[name])
     assert whole.get_state() == resumed.get_state()
+
+
+def test_batches_do_not_wait_for_the_lock_of_executors(sets):
+    """A forgotten iterator is closed by the garbage collector, perhaps while that lock is held."""
+    iterator = batches(sets["tfrecord"], size=5)
+    next(iterator)  # whatever starts threads of its own has started them
+
+    def take_and_close():
+        indices(iterator, 6)  # more than are prepared ahead
+        iterator.close()
+
+    with concurrent.futures.thread._global_shutdown_lock:
+        taker = threading.Thread(target=take_and_close, daemon=True)
+        taker.start()
+        taker.join(30.0)
+        assert not taker.is_alive()
 
 
 def test_processes_share_the_images(sets):
