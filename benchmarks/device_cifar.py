@@ -185,8 +185,9 @@ def bring_back(name: str, workdir: Path, far: Path = FAR) -> subprocess.Popen | 
     out = Path(os.environ.get("OUT") or far / "out")
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out / f"{name}.tar.gz", "w:gz") as tar:
-        for file in sorted([*workdir.glob("*.json"), *workdir.glob("*.jsonl")]):
-            tar.add(file, f"{name}/{file.name}")
+        # TensorBoard's events know when each line was written.
+        for file in sorted([*workdir.glob("*.json*"), *workdir.glob("tensorboard/*")]):
+            tar.add(file, f"{name}/{file.relative_to(workdir)}")
     if not any((workdir / "checkpoints").glob("[0-9]*")):
         return None
     command = [sys.executable, "-m", "benchmarks.device_cifar", "export"]

@@ -10,6 +10,7 @@ import pytest
 
 from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
 from adderflax.analysis.energy_tables import energy
+from adderflax.predict import predict
 from adderflax.training.command_line import load_config
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -110,3 +111,17 @@ def test_the_table_of_the_h200_is_what_its_runs_wrote():
         assert {step: f"{found[step]:.3f}" for step in told} == told
     summary = json.loads((RESULTS / "cifar10" / "multiply" / "summary.json").read_text())
     assert f"| {summary['test_accuracy']:.4f} |" in page and summary["devices"] == ["NVIDIA H200"]
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_the_weights_that_come_along_predict():
+    # Ramps, and stripes as wide as a patch: what the model said of them when its file was written.
+    y, x = np.mgrid[:32, :32]
+    ramps = np.stack([8 * y, 8 * x, 4 * (x + y)], axis=-1).astype(np.uint8)
+    stripes = np.where((x // 4 % 2)[..., None], np.uint8([200, 40, 40]), np.uint8([30, 90, 220]))
+    found = predict(RESULTS.parent / "weights" / "cifar10_adder_vit", [ramps, stripes])
+    told = [{"airplane": 0.246, "frog": 0.224, "cat": 0.202}, {"cat": 0.356, "bird": 0.191, "dog": 0.152}]
+    for probabilities, expected in zip(found, told, strict=True):
+        assert len(probabilities) == 10
+        for name, value in expected.items():
+            assert abs(probabilities[name] - value) < 0.02, (name, probabilities)
