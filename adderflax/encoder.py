@@ -12,7 +12,6 @@ from adderflax.layers import (
     Array,
     Exponent,
     GradientRule,
-    LayerNorm,
     MultiplyDense,
     layer_norm,
     require_choice,
@@ -226,7 +225,7 @@ class EncoderBlock(nn.Module):
                 branch, deterministic=not train
             )
 
-        def pre_norm(name: str) -> LayerNorm:
+        def pre_norm(name: str) -> nn.LayerNorm:
             return layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, name)
 
         x = x_BxTxD

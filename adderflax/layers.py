@@ -5,7 +5,6 @@ An adder layer is ``Y = -sum_i |X_i - W_i|`` followed by a LayerNorm: the sums a
 and runs on the float32 sums before anything is rounded to the layer's ``dtype``.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from adderflax.operators import adder_conv, adder_matmul
-from adderflax.operators.matmul import match_varying
 
 Array = jax.Array
 Exponent = float | jax.Array  # of the distance; a Python 1.0 selects the kernels of the L1 distance
@@ -202,7 +200,8 @@ class MultiplyDense(nn.Module):
 class MultiplyConv(nn.Module):
     """The multiplying twin of `AdderConv`, [N, H, W, C] -> [N, H', W', features], then LayerNorm; no p.
 
-    Attributes: as those of `AdderConv`. The kernel is [height, width, C, features], without a bias.
+    Attributes: those of `AdderConv` with the same names; `dtype` must be given. The kernel is [height, width,
+    C, features]; there is no bias, because the LayerNorm has one.
     """
 
     features: int
@@ -223,77 +222,9 @@ class MultiplyConv(nn.Module):
         return layer_norm(self.epsilon, self.dtype, jnp.float32, name="norm")(outputs)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, with scale and bias, statistics in float32; parameters as flax's.
-
-    Its backward pass is written out (`normalize`): what autodiff makes of the statistics moved a third more
-    memory in a whole training step, and this layer stands behind every adder layer.
-
-    Attributes:
-      epsilon: added to the variance.
-      dtype: of the output.
-      param_dtype: dtype of the parameters.
-    """
-
-    epsilon: float
-    dtype: Any
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalizes `x` [..., features]."""
-        features = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones_init(), features, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), features, self.param_dtype)
-        x, scale, bias = match_varying(x, scale, bias)
-        return normalize(x, scale, bias, self.epsilon, jnp.dtype(self.dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalize(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Any) -> Array:
-    """``(x - mean) / sqrt(variance + epsilon) * scale + bias`` over the last axis, in `dtype`.
-
-    With h = (x - mean) / sqrt(variance + epsilon), g the cotangent and averages over the last axis::
-
-        dx = (g scale - avg(g scale) - h avg(g scale h)) / sqrt(variance + epsilon)
-
-    Args:
-      x: [..., features]; computed with in float32.
-      scale: [features].
-      bias: [features].
-      epsilon: added to the variance.
-      dtype: of the result.
-    """
-    return _normalize_fwd(x, scale, bias, epsilon, dtype)[0]
-
-
-def _normalize_fwd(x, scale, bias, epsilon, dtype):
-    x32, scale32, bias32 = (array.astype(jnp.float32) for array in (x, scale, bias))
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
+def layer_norm(epsilon: float, dtype: Any, param_dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """The LayerNorm used throughout: over the last axis, with scale and bias, statistics in float32."""
     # E[x^2] - E[x]^2 loses four digits on adder sums, whose mean is some 50 times their deviation.
-    centered = x32 - mean
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + epsilon)
-    y = centered * (inverse * jnp.expand_dims(scale32, range(x.ndim - 1)))
-    y = y + jnp.expand_dims(bias32, range(x.ndim - 1))
-    return y.astype(dtype), (x, scale, bias, mean, inverse)
-
-
-def _normalize_bwd(epsilon, dtype, residuals, g):
-    x, scale, bias, mean, inverse = residuals
-    g32 = g.astype(jnp.float32)
-    normalized = (x.astype(jnp.float32) - mean) * inverse
-    batch = tuple(range(x.ndim - 1))
-    dscale, dbias = jnp.sum(g32 * normalized, axis=batch), jnp.sum(g32, axis=batch)
-    scaled = g32 * jnp.expand_dims(scale.astype(jnp.float32), batch)
-    along = jnp.mean(scaled, axis=-1, keepdims=True)
-    across = jnp.mean(scaled * normalized, axis=-1, keepdims=True)
-    dx = (scaled - along - normalized * across) * inverse
-    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
-
-
-normalize.defvjp(_normalize_fwd, _normalize_bwd)
-
-
-def layer_norm(epsilon: float, dtype: Any, param_dtype: Any, name: str | None = None) -> LayerNorm:
-    """The LayerNorm used throughout."""
-    return LayerNorm(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, name=name)
+    return nn.LayerNorm(
+        epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
+    )

@@ -1,7 +1,7 @@
 """Trains configs/cifar10_adder_vit.py and its multiplying twin on a GPU machine that is lent in short calls.
 
     python -m benchmarks.device_cifar pack --data_dir ../shared/tfds    what the machine lacks, into .device/
-    python -m benchmarks.device_cifar plan                              the calls, in their order
+    python -m benchmarks.device_cifar plan multiply=60 taught=60        the calls, in their order
     python -m benchmarks.device_cifar estimate                          seconds an epoch to expect
 
 Each call runs a command of at most 10 minutes over a copy of the checkout, takes at most 64 MiB along, brings
@@ -51,6 +51,8 @@ WORKERS = 12  # of the machine's 16 cores
 PREEMPTED = 75  # exit code of train.py when a signal stopped it
 # A model that could train for fewer seconds than its start takes is left to the next call.
 WORTH_STARTING, SAVING = 45.0, 45.0
+# Seconds that the side-by-side part of `probe` may take, and each timing after it.
+COMPILING, TIMING = 150.0, 40.0
 
 
 # --- the runs ---
@@ -62,16 +64,27 @@ def train_command(name: str, workdir: Path, fields: dict[str, object], overrides
     return command + [f"--config.{field}={value}" for field, value in fields.items()] + list(overrides)
 
 
-def start(command: Sequence[str], far: Path = FAR, log: Path | None = None, **environment: str):
-    """Starts a command with the wheels in reach and the cache of compiled programs; its `Popen`."""
+def start(
+    command: Sequence[str], far: Path = FAR, log: Path | None = None, **environment: str
+) -> subprocess.Popen:
+    """Starts a command, with the wheels in reach and the cache of compiled programs, into a log if named."""
     path = os.pathsep.join([str(far / "site"), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
     environment["JAX_COMPILATION_CACHE_DIR"] = str(far / "cache")
-    output = None
-    if log:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        output = log.open("w")
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+    if log is None:
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+
+
+def finish(child: subprocess.Popen, seconds: float) -> int:
+    """Waits for so many seconds; a child that takes longer is killed. Its exit code, negative if killed."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
 
 
 def run_until(deadline: float, command: Sequence[str], far: Path = FAR, **environment: str) -> int:
@@ -125,13 +138,13 @@ def probe(dtypes: Sequence[str], overrides: Sequence[str], far: Path = FAR) -> i
         "trainer": start(trainer, far, logs / "trainer.log", **quick),
     }
     children |= {name: start(command, far, logs / f"{name}.cold", **quick) for name, command in steps.items()}
-    statuses = {name: child.wait() for name, child in children.items()}
+    deadline = time.monotonic() + COMPILING
+    statuses = {name: finish(child, deadline - time.monotonic()) for name, child in children.items()}
     for name, command in steps.items():
         if statuses[name] == 0:
-            statuses[name] = start(command, far, logs / f"{name}.log", **quick).wait()
-    statuses["time-dense"] = start(
-        [*kernels, "time-dense"], far, logs / "time-dense.log", OUT=str(logs), **quick
-    ).wait()
+            statuses[name] = finish(start(command, far, logs / f"{name}.log", **quick), TIMING)
+    dense = start([*kernels, "time-dense"], far, logs / "time-dense.log", OUT=str(logs), **quick)
+    statuses["time-dense"] = finish(dense, 2 * TIMING)
     for name, status in statuses.items():
         log = (logs / f"{name}.log") if (logs / f"{name}.log").exists() else logs / f"{name}.cold"
         print(f"{name}: exit status {status}\n{log.read_text()[-3000:]}", flush=True)
@@ -171,7 +184,7 @@ def train(seconds: float, runs: dict[str, float], overrides: Sequence[str], far:
     else:
         status = 0
     for name, child in exports.items():
-        if child and child.wait():
+        if child and finish(child, SAVING):
             print(f"The weights of {name} could not be brought back", flush=True)
     return status
 
@@ -237,7 +250,7 @@ def calls(pieces: int, runs: dict[str, float], overrides: Sequence[str] = ()) ->
     script = "python3 -m benchmarks.device_cifar"
     fields = "".join(f" {override}" for override in overrides)
     trained = " ".join(f"{name}={epochs:g}" for name, epochs in runs.items())
-    trains = f"{script} train --seconds 480 {trained}{fields}"
+    trains = f"{script} train --seconds {600 - 2 * SAVING:g} {trained}{fields}"
     commands = [(f"{script} unpack 1 && {script} probe{fields}", 300, [1])]
     commands += [(f"{script} unpack {number}", 120, [number]) for number in range(2, pieces)]
     commands += [(f"{script} unpack {pieces} && {trains}", 600, [pieces]), (trains, 600, [])]

@@ -2,7 +2,8 @@
 
 Needs jax with CUDA and numpy; torch, where installed, is timed beside. Each section runs in a
 process of its own, so that one that crashes the GPU leaves the others alone; the checks, which time
-nothing, run at once. Results go to $OUT/device_results.json, or ./device_results.json.
+nothing, run at once. Results go to $OUT/device_results.json, or ./device_results.json; the times of the dense
+shapes also to operators.json beside it, to be kept as results/operators/NAME.json.
 
     python3 benchmarks/device_gpu.py                 checks and timings
     python3 benchmarks/device_gpu.py check-forward   one section, or several
@@ -20,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -262,9 +264,9 @@ SECTIONS = {  # name: (function, seconds it may take, whether it runs unasked)
 }
 
 
-def run_section(name, results):
+def run_section(name, results, say=print):
     """Runs a section in a child and passes its lines on; its records join the results."""
-    print(f"\n== {name}", flush=True)
+    say(f"\n== {name}")
     command = [sys.executable, __file__, "--section", name]
     tools = ("memcheck", "racecheck") if name == "sanitize" else (None,)
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
@@ -280,11 +282,50 @@ def run_section(name, results):
             if line.startswith("RECORD "):
                 results["records"].append({"section": name, **json.loads(line[7:])})
             else:
-                print(line, end="", flush=True)
+                say(line.rstrip("\n"))
         status, seconds = child.wait(), round(time.time() - started, 1)
         timer.cancel()
         results["sections"][name] = {"status": status, "seconds": seconds}
-        print(f"== {name}: exit status {status} after {seconds} s", flush=True)
+        say(f"== {name}: exit status {status} after {seconds} s")
+    return results
+
+
+def run_at_once(names, results):
+    """Runs sections that time nothing side by side, and prints each one whole, in order."""
+
+    def run(name):
+        lines = []
+        return lines, run_section(name, {"sections": {}, "records": []}, lines.append)
+
+    with concurrent.futures.ThreadPoolExecutor(max(len(names), 1)) as pool:
+        for lines, found in pool.map(run, names):
+            print("\n".join(lines), flush=True)
+            results["records"] += found["records"]
+            results["sections"] |= found["sections"]
+
+
+def operator_figures(results):
+    """The times of the dense shapes as results/operators/NAME.json has them, for its page."""
+    methods = {"forward": "forward", "input gradient, hardtanh": "input gradient"}
+    methods["whole backward"] = "whole backward"
+    records = [
+        {"kind": "linear", "batch": 256, "tokens": found["lengths"][0] // 256, "lengths": found["lengths"],
+         "method": methods[found["what"]], "contender": "adderflax", "seconds": found["ms"] / 1e3,
+         "elements_per_second": found["rate"] * 1e9, "share_of_limit": found["share"]}
+        for found in results["records"]
+        if found["section"] == "time-dense" and found["kind"] == "time" and found["what"] in methods
+    ]  # fmt: skip
+    about = {
+        "device": results["machine"]["gpu"].partition(",")[0],
+        "platform": "cuda",
+        "devices": 1,
+        "cores": os.cpu_count(),
+        "jax": results["machine"]["jax, jaxlib"].partition(" ")[0],
+        "python": platform.python_version(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    command = "python3 benchmarks/device_gpu.py time-dense"
+    return {"machine": about, "command": command, "limits": [TWO, TWO], "records": records}
 
 
 def machine():
@@ -311,13 +352,14 @@ def main(arguments):
     path = Path(os.environ.get("OUT") or ".") / "device_results.json"
     names = arguments or [name for name, (_, _, unasked) in SECTIONS.items() if unasked]
     checks = [name for name in names if name.startswith("check-")]
-    with concurrent.futures.ThreadPoolExecutor(max(len(checks), 1)) as pool:
-        list(pool.map(lambda name: run_section(name, results), checks))
+    run_at_once(checks, results)
     path.write_text(json.dumps(results, indent=1))
     for name in names:
         if name not in checks:
             run_section(name, results)
             path.write_text(json.dumps(results, indent=1))
+    if "time-dense" in names:
+        path.with_name("operators.json").write_text(json.dumps(operator_figures(results), indent=1))
 
     print("\n== summary of", results["machine"])
     for found in results["records"]:

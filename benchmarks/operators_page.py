@@ -31,7 +31,8 @@ An element is one term `|x[m, k] - y[k, n]|`. G/s are 10^9 elements a second, in
 alternate in one process with the others of their line. The share is that of what the device's arithmetic
 allows: on a CPU the speed of `benchmarks/cpu_limit.cpp`, a hand-written AVX-512 loop, alternating on the same
 shape where the file has a "limit loop" for it and else that of one shape, measured before; for the input
-gradient three quarters of the latter, as an element takes four instructions instead of three. "x cdist" is
+gradient three quarters of the latter, as an element takes four instructions instead of three; on a GPU
+multiprocessors x lanes x clock over the two instructions that an element takes in either. "x cdist" is
 the speed relative to `torch.cdist(p=1)`, "x broadcast" to the same gradient rule written with torch
 broadcasting, "x multiply" to `jnp.matmul` and its gradients in float32. Empty: not timed, because a single
 call would take seconds, or torch was not installed.

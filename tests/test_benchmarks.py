@@ -6,12 +6,13 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from adderflax import adder_matmul
 from adderflax.training.command_line import load_config
 from adderflax.training.config import RunConfig
-from benchmarks import operators, step, timing
+from benchmarks import operators, step, templates, timing
 
 
 def test_operators_are_timed_and_tabulated(tmp_path, monkeypatch, capsys):
@@ -87,3 +88,13 @@ def test_a_step_is_split():
     parts = [figures[name] for name in ("forward", "input gradient", "weight gradient")]
     assert min(parts) > 0
     assert figures["rest"] == pytest.approx(figures["step"] - sum(parts))
+    assert figures["first step"] > figures["step"]
+
+
+def test_templates_that_follow_the_moments_agree_better():
+    random = np.random.default_rng(0)
+    x = templates.inputs("unequal", 64, random)[:400]
+    kernel = jnp.float32(random.normal(size=(64, 16)))
+    relative = kernel / jnp.sqrt(jnp.mean(jnp.square(kernel), axis=0))
+    ours = templates.agreement(x, templates.dense_templates(kernel, x), kernel)
+    assert ours > 0.8 and ours > templates.agreement(x, relative, kernel) + 0.05

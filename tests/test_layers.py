@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from adderflax import AdderConv, AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
-from adderflax.layers import LayerNorm, normalize, signed_power
+from adderflax.layers import signed_power
 
 SMALL = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=12, implementation="reference")
 MULTIPLY = dataclasses.replace(SMALL, linear="multiply", output_projection="multiply", similarity="dot")
@@ -141,6 +141,7 @@ def test_dense_gradient_rules_reach_the_operator():
     np.testing.assert_allclose(dk, [1.0, 1.0], rtol=1e-6)
 
 
+@jax.numpy_dtype_promotion("standard")  # flax's LayerNorm itself promotes bfloat16 to float32
 def test_dense_bfloat16():
     x = tokens().astype(jnp.bfloat16)
     layer = AdderDense(6, dtype=jnp.bfloat16)
@@ -255,52 +256,6 @@ def test_attention_mask_hides_keys():
     later = module.apply(variables, tokens().at[:, 3:].add(1.0), causal)
     np.testing.assert_array_equal(out[:, :3], later[:, :3])
     assert not np.allclose(out[:, 3:], later[:, 3:])
-
-
-@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 7), (1, 1), (64, 192)])
-@pytest.mark.parametrize("offset", [0.0, -300.0])
-def test_layer_norm_and_its_gradients(shape, offset):
-    """Against float64: the formula, and its derivative by central differences of the reference."""
-    random = np.random.default_rng(len(shape))
-    x, g = random.normal(size=shape) + offset, random.normal(size=shape)
-    scale, bias = random.normal(size=(2, shape[-1]))
-    arrays = [jnp.asarray(array, jnp.float32) for array in (x, scale, bias)]
-    y, pull = jax.vjp(lambda *a: normalize(*a, 1e-6, jnp.dtype("float32")), *arrays)
-    x = np.asarray(arrays[0], np.float64)  # as the layer sees it, rounded
-    np.testing.assert_allclose(y, layer_norm(x) * scale + bias, atol=2e-4)
-    step, gradients = 1e-4, pull(jnp.asarray(g, jnp.float32))
-    some = random.permutation(x.size)[:20]
-    for index in some:
-        moved = np.zeros(x.size)
-        moved[index] = step
-        moved = moved.reshape(shape)
-        change = (layer_norm(x + moved) - layer_norm(x - moved)) * scale * g
-        np.testing.assert_allclose(gradients[0].ravel()[index], change.sum() / (2 * step), atol=2e-3)
-    batch = tuple(range(len(shape) - 1))
-    tolerance = 1e-3 * max(1.0, np.sqrt(x.size / shape[-1]))
-    np.testing.assert_allclose(gradients[1], (layer_norm(x) * g).sum(batch), atol=tolerance)
-    np.testing.assert_allclose(gradients[2], g.sum(batch), atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "dtypes", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
-)
-def test_layer_norm_has_the_numbers_and_dtypes_of_flax(dtypes):
-    x, dtype = tokens().astype(dtypes[0]), dtypes[1]
-    ours = LayerNorm(epsilon=1e-6, dtype=dtype)
-    theirs = nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False)
-    variables = random_params(ours, x)
-
-    def run(module):
-        y, pull = jax.vjp(module.apply, variables, x)
-        return y, *pull(jnp.ones_like(y))
-
-    found = run(ours)
-    with jax.numpy_dtype_promotion("standard"):  # flax promotes bfloat16 by itself
-        expected = run(theirs)
-    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, expected)
-    close = functools.partial(np.testing.assert_allclose, rtol=0.02, atol=0.02)
-    jax.tree.map(lambda a, b: close(a.astype(jnp.float32), b.astype(jnp.float32)), found, expected)
 
 
 def test_mlp_formula():

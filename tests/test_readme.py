@@ -41,6 +41,11 @@ def test_the_test_command_is_the_one_ci_runs():
     assert "\npython -m pytest\n" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_links_lead_to_files_that_exist():
+    targets = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert len(targets) > 5 and all((ROOT / target).exists() for target in targets)
+
+
 def test_commands_name_files_and_flags_that_exist():
     flags = {
         "config",

@@ -109,8 +109,37 @@ def test_the_table_of_the_h200_is_what_its_runs_wrote():
         }
         assert len(told) >= 2
         assert {step: f"{found[step]:.3f}" for step in told} == told
-    summary = json.loads((RESULTS / "cifar10" / "multiply" / "summary.json").read_text())
-    assert f"| {summary['test_accuracy']:.4f} |" in page and summary["devices"] == ["NVIDIA H200"]
+
+
+def test_the_figures_of_the_h200_are_those_of_its_files():
+    folder, page = RESULTS / "cifar10", (RESULTS / "cifar10.md").read_text()
+    twin = json.loads((folder / "multiply" / "summary.json").read_text())
+    taught = json.loads((folder / "taught" / "evaluation.json").read_text())
+    assert twin["devices"] == ["NVIDIA H200"] and twin["test_examples"] == taught["test_examples"] == 10_000
+    accuracies = [f"{run['test_accuracy']:.4f}" for run in (twin, taught)]
+    assert all(f"| {accuracy} |" in page for accuracy in accuracies)
+    cells = row("CIFAR-10 in full, 3.8 M parameters, 60 epochs on an H200, seed 0")
+    assert [re.search(r"0\.\d{4}", cell).group() for cell in cells[1::-1]] == accuracies
+    readme = (RESULTS.parent / "README.md").read_text()
+    config = (RESULTS.parent / "configs" / "cifar10_adder_vit.py").read_text()
+    assert (
+        f"{100 * taught['test_accuracy']:.1f} %" in readme
+        and f"{100 * taught['test_accuracy']:.1f} %" in config
+    )
+
+    speed = twin["images_per_second"]
+    updating = twin["steps"] * 256 / speed
+    last = json.loads((folder / "taught" / "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
+    for told in (
+        f"{256e3 / speed:.1f} ms, {speed:,.0f} images/s",
+        f"{256e3 / last:.1f} ms",
+        f"{last:,.0f} images/s",
+        f"{updating:.0f} s of updates",
+        f"{twin['seconds'] - updating:.0f} s: compilation",
+        f"{49_000 / last:.1f} s with the teacher, and {49_000 / speed:.1f} s",
+    ):
+        assert told in re.sub(r"\s+", " ", page), told
+    assert f"{49_000 / speed:.1f} s an epoch" in config and f"{49_000 / last:.1f} s an epoch" in config
 
 
 @jax.numpy_dtype_promotion("standard")

@@ -87,7 +87,8 @@ class VisionTransformerConfig(EncoderConfig):
       pooling: "token" classifies by a class token; "mean" by the mean of the normalized tokens, and there
         is no class token.
       patch_embedding: arithmetic of the patch embedding, the convolutions of its stem included. "multiply"
-        is a dense layer with bias, the laboratory's rule for first layers; "adder" is an `AdderDense`.
+        is a dense layer with bias, the laboratory's rule for first layers; "adder" is an `AdderDense`. The
+        convolutions have a LayerNorm and no bias in either.
       head: arithmetic of the classifier. "multiply" is a dense layer with bias; "adder" an `AdderDense`
         whose LayerNorm spans the logits.
     """
@@ -244,7 +245,7 @@ class VisionTransformer(nn.Module):
             .transpose(0, 1, 3, 2, 4, 5)
             .reshape(B, (H // P) * (W // P), P * P * C)
         )
-        # First and last layer carry a normalization only where they add: sums of differences need one.
+        # This layer and the last carry a normalization only where they add: sums of differences need one.
         return dense(
             config,
             config.patch_embedding,

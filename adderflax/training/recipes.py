@@ -65,7 +65,7 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
 
     config.augment.crop_padding = 4
     _regularize(config)
-    # Milder than DeiT's 300 epochs: the adder model underfits in a hundred.
+    # A choice: milder than what DeiT needs for 300 epochs.
     config.augment.randaugment_layers = 1
     config.augment.mixup_alpha = 0.2
     config.augment.erasing_probability = 0.0

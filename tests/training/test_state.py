@@ -119,3 +119,22 @@ def test_the_exponent_falls_from_two_to_one():
         picked = logits[np.arange(4), [0, 1, 2, 0]]
         expected = np.mean(np.log(np.exp(logits).sum(-1)) - picked)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5, err_msg=f"p={p}")
+
+
+def test_the_norms_are_those_of_all_leaves_together():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            return nn.Dense(3)(nn.Dense(4)(images.reshape(len(images), -1)))
+
+    mesh, model, optimizer = sharding.make_mesh(), sized(Two()), optax.sgd(0.1)
+    images = np.random.default_rng(0).normal(size=(6, 2, 2, 1)).astype(np.float32)
+    batch = sharding.put_batch({"image": images, "label": np.arange(6, dtype=np.int32) % 3}, mesh)
+    state = init_state(model, optimizer, seed=0, with_ema=False, mesh=mesh)
+    before = jax.device_get(state.params)
+    update = make_train_step(model, optimizer, targets_of, mesh=mesh)
+    state, metrics = update(state, batch)
+    moved = jax.tree.map(lambda a, b: (a - b) / 0.1, before, jax.device_get(state.params))
+    for name, tree in (("gradient_norm", moved), ("parameter_norm", state.params)):
+        expected = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+        np.testing.assert_allclose(metrics[name], expected, rtol=1e-4, err_msg=name)
