@@ -95,6 +95,6 @@ def test_templates_that_follow_the_moments_agree_better():
     random = np.random.default_rng(0)
     x = templates.inputs("unequal", 64, random)[:400]
     kernel = jnp.float32(random.normal(size=(64, 16)))
-    relative = kernel / jnp.sqrt(jnp.mean(jnp.square(kernel), axis=0))
+    relative = kernel / jnp.sqrt(jnp.mean(jnp.square(kernel), axis=0, keepdims=True))
     ours = templates.agreement(x, templates.dense_templates(kernel, x), kernel)
     assert ours > 0.8 and ours > templates.agreement(x, relative, kernel) + 0.05
