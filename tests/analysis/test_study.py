@@ -349,7 +349,8 @@ def test_the_decisive_experiment(name, head_width):
         cells.add((*factors, scale and round(scale * head_width**0.5, 4)))
         # All else is equal, and is the preset: no biases, a normalization behind every layer.
         chosen = {key for key, value in model.items() if value is not None}
-        assert chosen <= {"variant", "arithmetic", "drop_path_rate"} and model["arithmetic"] == "adder"
+        assert chosen <= {"variant", "arithmetic", "dtype", "drop_path_rate"}
+        assert model["arithmetic"] == "adder"
         rest.append({**whole, "model": model})
         described = VisionTransformerConfig.from_variant(config.model.variant)
         assert described.embed_dim // described.num_heads == head_width

@@ -32,10 +32,22 @@ def sets(tmp_path_factory):
     return found
 
 
+_opened = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Ends the threads of what a test has opened."""
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 def batches(data, seed=0, size=5, state=None, augment=None, **process):
     iterator = training(
         load_dataset(data), data, augment or AugmentConfig(), batch_size=size, seed=seed, **process
     )
+    _opened.append(iterator)
     if state:
         iterator.set_state(state)
     return iterator
