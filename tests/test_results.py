@@ -76,22 +76,44 @@ def test_pages_show_pictures_that_exist():
             assert (RESULTS / target).exists(), f"{page.name}: {target}"
 
 
-def test_accuracies_of_the_gap_study():
-    lines = [json.loads(line) for line in (RESULTS / "gap_cifar10.jsonl").read_text().splitlines()]
+def gap_accuracy(study, name, seeds=(0, 1, 2)):
+    """Mean test accuracy of a row of gap_STUDY.jsonl."""
+    lines = map(json.loads, (RESULTS / f"gap_{study}.jsonl").read_text().splitlines())
+    found = [x["figures"]["test_accuracy"] for x in lines if x["name"] == name and x["seed"] in seeds]
+    assert len(found) == len(seeds)
+    return np.mean(found)
 
-    def accuracy(name, seeds=(0, 1, 2)):
-        found = [x["figures"]["test_accuracy"] for x in lines if x["name"] == name and x["seed"] in seeds]
-        assert len(found) == len(seeds)
-        return np.mean(found)
 
-    adder, twin, vit, _ = row(
-        "CIFAR-10, 5,000 training images, small model, 20 epochs, mean of seeds 0, 1, 2"
-    )
-    told = [float(number) for cell in (adder, twin, vit) for number in re.findall(r"0\.\d{4}", cell)]
-    names = [f"final-{name}" for name in ("adder", "adder-features", "adder-warm")]
-    expected = [accuracy(name) for name in (*names, "final-multiply")]
-    expected += [accuracy(f"final-multiply-{name}", (0,)) for name in ("features", "warm")]
-    np.testing.assert_allclose(told, [*expected, accuracy("final-vit")], atol=5.1e-5)
+def test_accuracies_of_the_gap_studies_in_the_claims():
+    subset = "CIFAR-10, 5,000 training images, small model, 20 epochs, mean of seeds 0, 1, 2"
+    told = [float(number) for cell in row(subset)[:3] for number in re.findall(r"0\.\d{4}", cell)]
+    names = ("adder", "adder-features", "adder-warm", "multiply")
+    expected = [gap_accuracy("cifar10", f"final-{name}") for name in names]
+    expected += [gap_accuracy("cifar10", f"final-multiply-{name}", (0,)) for name in ("features", "warm")]
+    np.testing.assert_allclose(told, [*expected, gap_accuracy("cifar10", "final-vit")], atol=5.1e-5)
+
+    adder, twin, vit, _ = row("digits, test, mean of seeds 0, 1, 2")
+    told = [float(re.findall(r"0\.\d{4}", cell)[-1]) for cell in (adder, twin, vit)]
+    names = ("adder-warm-features", "multiply", "vit")
+    expected = [gap_accuracy("digits", f"final-{name}") for name in names]
+    np.testing.assert_allclose(told, expected, atol=5.1e-5)
+
+
+def test_accuracies_of_the_gap_studies_in_the_readme():
+    readme = (RESULTS.parent / "README.md").read_text()
+    rows = {
+        "multiply": "`multiply`, the twin",
+        "vit": "`vit`",
+        "adder-features": "`adder`, the twin's features as a lesson",
+        "adder-warm": "`adder`, a warm start from the twin",
+        "adder-warm-features": "`adder`, both",
+    }
+    for name, label in rows.items():
+        cells = [f"{100 * gap_accuracy(study, f'final-{name}'):.1f}" for study in ("digits", "cifar10")]
+        assert f"| {label} | {cells[0]} | {cells[1]} |" in readme
+    # The digits' adder model alone stands in the table of the first command.
+    assert f"| `adder` | 97.6 | {100 * gap_accuracy('cifar10', 'final-adder'):.1f} |" in readme
+    assert re.search(r"^\| `digits_adder_vit.py` \|.*\| 0\.9758 \|$", readme, flags=re.MULTILINE)
 
 
 def test_the_table_of_the_h200_is_what_its_runs_wrote():
