@@ -93,8 +93,8 @@ def test_accuracies_of_the_gap_studies_in_the_claims():
     np.testing.assert_allclose(told, [*expected, gap_accuracy("cifar10", "final-vit")], atol=5.1e-5)
 
     adder, twin, vit, _ = row("digits, test, mean of seeds 0, 1, 2")
-    told = [float(re.findall(r"0\.\d{4}", cell)[-1]) for cell in (adder, twin, vit)]
-    names = ("adder-warm-features", "multiply", "vit")
+    told = [float(number) for cell in (adder, twin, vit) for number in re.findall(r"0\.\d{4}", cell)][1:]
+    names = ("adder-warm-features", "multiply", "multiply-warm-features", "vit")
     expected = [gap_accuracy("digits", f"final-{name}") for name in names]
     np.testing.assert_allclose(told, expected, atol=5.1e-5)
 
@@ -111,6 +111,8 @@ def test_accuracies_of_the_gap_studies_in_the_readme():
     for name, label in rows.items():
         cells = [f"{100 * gap_accuracy(study, f'final-{name}'):.1f}" for study in ("digits", "cifar10")]
         assert f"| {label} | {cells[0]} | {cells[1]} |" in readme
+    both = gap_accuracy("digits", "final-multiply-warm-features")
+    assert f"| `multiply`, both | {100 * both:.1f} | |" in readme
     # The digits' adder model alone stands in the table of the first command.
     assert f"| `adder` | 97.6 | {100 * gap_accuracy('cifar10', 'final-adder'):.1f} |" in readme
     assert re.search(r"^\| `digits_adder_vit.py` \|.*\| 0\.9758 \|$", readme, flags=re.MULTILINE)
