@@ -12,6 +12,7 @@ from adderflax.analysis.configured import configured_model, inference_ledger, mu
 from adderflax.analysis.energy_tables import energy
 from adderflax.predict import predict
 from adderflax.training.command_line import load_config
+from benchmarks import device_estimate
 
 RESULTS = Path(__file__).parent.parent / "results"
 CLAIMS = (RESULTS / "claims.md").read_text()
@@ -135,6 +136,7 @@ def test_the_table_of_the_h200_is_what_its_runs_wrote():
         assert {step: f"{found[step]:.3f}" for step in told} == told
 
 
+@jax.numpy_dtype_promotion("standard")
 def test_the_figures_of_the_h200_are_those_of_its_files():
     folder, page = RESULTS / "cifar10", (RESULTS / "cifar10.md").read_text()
     twin = json.loads((folder / "multiply" / "summary.json").read_text())
@@ -163,6 +165,12 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
         f"{49_000 / last:.1f} s with the teacher, and {49_000 / speed:.1f} s",
     ):
         assert told in re.sub(r"\s+", " ", page), told
+    estimates = []
+    for argument in ("", ":multiply"):
+        counts = device_estimate.configured_counts(f"configs/cifar10_adder_vit.py{argument}", [])
+        estimates.append(sum(device_estimate.seconds_an_epoch(*counts).values()))
+    told = "{:.1f} s an epoch for the adder model and {:.1f} s for the twin".format(*estimates)
+    assert told in re.sub(r"\s+", " ", page), told
     assert f"{49_000 / speed:.1f} s an epoch" in config and f"{49_000 / last:.1f} s an epoch" in config
 
 

@@ -37,7 +37,10 @@ def load_teacher(config: DistillationConfig, info: DatasetInfo, student: nn.Modu
     try:
         model, variables, seen = load_model(config.teacher)
     except WorkdirError as error:
-        raise ValueError(f"distillation.teacher={config.teacher!r} cannot be loaded. {error}") from error
+        raise ValueError(
+            f"distillation.teacher={config.teacher!r} cannot be loaded: train the teacher first, or name"
+            f" another run. {error}"
+        ) from error
     for name in ("image_size", "channels", "class_names", "mean", "std"):
         if not np.array_equal(getattr(seen, name), getattr(info, name)):
             raise ValueError(

@@ -106,7 +106,9 @@ def test_an_inherited_run_goes_on_without_its_source(twin, tmp_path):
 def test_what_cannot_be_inherited_is_named(twin, tmp_path):
     run = Trainer(small_config())
     info = run.dataset.info
-    with pytest.raises(ValueError, match="distillation.teacher='.*' cannot be loaded.*config.json"):
+    with pytest.raises(
+        ValueError, match="distillation.teacher='.*' cannot be loaded: train the teacher first.*config.json"
+    ):
         load_teacher(DistillationConfig(teacher=str(tmp_path), soft_labels=1.0), info, run.model)
     summary = twin / "summary.json"
     with pytest.raises(ValueError, match="is not finished: it has checkpoints but no summary.json"):
