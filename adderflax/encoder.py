@@ -1,6 +1,7 @@
 """The transformer's encoder block in adder, multiplying or mixed arithmetic, and its description."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,10 +9,12 @@ from flax import linen as nn
 from adderflax.layers import (
     ARITHMETICS,
     DTYPES,
+    AdderConv,
     AdderDense,
     Array,
     Exponent,
     GradientRule,
+    MultiplyConv,
     MultiplyDense,
     layer_norm,
     require_choice,
@@ -34,7 +37,12 @@ class EncoderConfig:
       embed_dim: width of the residual stream.
       num_heads: attention heads; divides `embed_dim`.
       mlp_dim: hidden width of the MLP; None means ``4 * embed_dim``.
-      linear: arithmetic of the query, key, value, fc1 and fc2 projections, "adder" or "multiply".
+      mlp_kernel_size: side of a depthwise convolution in the MLP, whose result is added to fc1's before the
+        GELU, an odd number of positions; None has no convolution. It makes neighbors known to each other, as
+        in LocalViT (Li et al. 2021, "LocalViT: Bringing Locality to Vision Transformers"). The tokens must be
+        those of a square image in reading order, without a class token.
+      linear: arithmetic of the query, key, value, fc1 and fc2 projections and of the MLP's
+        convolution, "adder" or "multiply".
       output_projection: arithmetic of the attention's output projection.
       similarity: "l1" for ``-sum_c |q_c - k_c|`` or "dot" for ``q . k``.
       aggregation: "dot" for the product ``A V`` or "l1" for its adder form.
@@ -63,6 +71,7 @@ class EncoderConfig:
     embed_dim: int = 192
     num_heads: int = 3
     mlp_dim: int | None = None
+    mlp_kernel_size: int | None = None
     linear: str = "adder"
     output_projection: str = "adder"
     similarity: str = "l1"
@@ -96,6 +105,10 @@ class EncoderConfig:
             )
         if self.mlp_dim is not None and self.mlp_dim < 1:
             raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or None for 4 * embed_dim.")
+        if self.mlp_kernel_size is not None and (self.mlp_kernel_size < 1 or self.mlp_kernel_size % 2 == 0):
+            raise ValueError(
+                f"mlp_kernel_size={self.mlp_kernel_size} must be odd, as 3 or 5, or None for no convolution."
+            )
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
         for name in ("grad_inputs", "grad_kernel", "grad_query", "grad_key"):
@@ -140,6 +153,49 @@ def dense(
         return MultiplyDense(use_bias=config.use_bias if use_bias is None else use_bias, **shared)
     return AdderDense(
         power_activation=config.power_activation if power_activation is None else power_activation,
+        grad_x=config.grad_inputs,
+        grad_kernel=config.grad_kernel,
+        implementation=config.implementation,
+        **shared,
+    )
+
+
+def convolution(
+    config: EncoderConfig,
+    arithmetic: str,
+    features: int,
+    kernel_size: int,
+    name: str,
+    *,
+    stride: int = 1,
+    feature_group_count: int = 1,
+) -> nn.Module:
+    """A square convolution that `config` describes, in the given arithmetic; it ends in a LayerNorm.
+
+    Args:
+      config: the block's configuration.
+      arithmetic: "adder" or "multiply".
+      features: number of output features.
+      kernel_size: its side, odd; the image is padded by half of it.
+      name: Linen name of the layer.
+      stride: steps of the window.
+      feature_group_count: groups of channels.
+    """
+    half = kernel_size // 2
+    shared = {
+        "features": features,
+        "kernel_size": (kernel_size, kernel_size),
+        "strides": (stride, stride),
+        "padding": ((half, half), (half, half)),
+        "feature_group_count": feature_group_count,
+        "dtype": config.compute_dtype,
+        "epsilon": config.layer_norm_epsilon,
+        "name": name,
+    }
+    if arithmetic == "multiply":
+        return MultiplyConv(**shared)
+    return AdderConv(
+        power_activation=config.power_activation,
         grad_x=config.grad_inputs,
         grad_kernel=config.grad_kernel,
         implementation=config.implementation,
@@ -197,17 +253,41 @@ class AdderSelfAttention(nn.Module):
 
 
 class AdderMlp(nn.Module):
-    """fc1, GELU, fc2 in the arithmetic of `config`, each followed by its normalization."""
+    """fc1, GELU, fc2 in the arithmetic of `config`, each followed by its normalization.
+
+    With `mlp_kernel_size` a depthwise convolution over the image's tokens is added before the GELU.
+    """
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: Array, p: Exponent = 1.0) -> Array:
-        """Applies the MLP to [..., embed_dim], with p as in `AdderDense`; returns the same shape."""
+        """Applies the MLP to [..., embed_dim], with p as in `AdderDense`; returns the same shape.
+
+        Raises:
+          ValueError: `mlp_kernel_size` is set and the input is not [B, side * side, embed_dim].
+        """
         config = self.config
         hidden = 4 * config.embed_dim if config.mlp_dim is None else config.mlp_dim
         x = dense(config, config.linear, hidden, "fc1")(x_BxTxD, p)
+        if config.mlp_kernel_size is not None:
+            x = x + self._neighbors(x, p)
         return dense(config, config.linear, config.embed_dim, "fc2")(nn.gelu(x), p)
+
+    def _neighbors(self, x_BxTxF: Array, p: Exponent) -> Array:
+        config, shape = self.config, x_BxTxF.shape
+        side = math.isqrt(shape[1]) if len(shape) == 3 else 0
+        if side * side != shape[1]:
+            raise ValueError(
+                f"mlp_kernel_size={config.mlp_kernel_size} needs tokens of a square image, [B, side * side,"
+                f" embed_dim], but the MLP sees {shape[:-1]} of them. Leave the class token out"
+                " (pooling='mean'), or set mlp_kernel_size=None."
+            )
+        image = x_BxTxF.reshape(shape[0], side, side, shape[2])
+        layer = convolution(
+            config, config.linear, shape[2], config.mlp_kernel_size, "conv", feature_group_count=shape[2]
+        )
+        return layer(image, p).reshape(shape)
 
 
 class EncoderBlock(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from adderflax.operators import adder_conv, adder_matmul
+from adderflax.operators._depthwise import depthwise_conv
 
 Array = jax.Array
 Exponent = float | jax.Array  # of the distance; a Python 1.0 selects the kernels of the L1 distance
@@ -201,7 +202,7 @@ class MultiplyConv(nn.Module):
     """The multiplying twin of `AdderConv`, [N, H, W, C] -> [N, H', W', features], then LayerNorm; no p.
 
     Attributes: those of `AdderConv` with the same names; `dtype` must be given. The kernel is [height, width,
-    C, features]; there is no bias, because the LayerNorm has one.
+    C / feature_group_count, features]; there is no bias, because the LayerNorm has one.
     """
 
     features: int
@@ -210,15 +211,26 @@ class MultiplyConv(nn.Module):
     padding: Sequence[tuple[int, int]]
     dtype: Any
     epsilon: float
+    feature_group_count: int = 1
 
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
-        shape = (*self.kernel_size, inputs.shape[-1], self.features)
+        groups = self.feature_group_count
+        shape = (*self.kernel_size, inputs.shape[-1] // groups, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
-        outputs = jax.lax.conv_general_dilated(
-            inputs, kernel, self.strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        geometry = {"strides": self.strides, "padding": self.padding}
+        if inputs.shape[-1] == groups > 1:
+            outputs = depthwise_conv(inputs, kernel, **geometry)
+        else:
+            outputs = jax.lax.conv_general_dilated(
+                inputs,
+                kernel,
+                self.strides,
+                self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=groups,
+            )
         return layer_norm(self.epsilon, self.dtype, jnp.float32, name="norm")(outputs)
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from adderflax import AdderConv, AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
-from adderflax.layers import signed_power
+from adderflax.layers import MultiplyConv, signed_power
 
 SMALL = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=12, implementation="reference")
 MULTIPLY = dataclasses.replace(SMALL, linear="multiply", output_projection="multiply", similarity="dot")
@@ -269,6 +269,67 @@ def test_mlp_formula():
     np.testing.assert_allclose(module.apply(variables, tokens()), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("linear", ["adder", "multiply"])
+def test_mlp_convolution_formula(linear):
+    config = dataclasses.replace(SMALL, linear=linear, mlp_kernel_size=3)
+    x, module = tokens((2, 9, 8)), AdderMlp(config)
+    variables = random_params(module, x)
+    params, without = variables["params"], dataclasses.replace(config, mlp_kernel_size=None)
+
+    def normalized(x, norm):
+        return layer_norm(x) * np.asarray(norm["scale"], np.float64) + np.asarray(norm["bias"], np.float64)
+
+    def linear_layer(x, name):
+        kernel = kernels(params, name)
+        return normalized(adder(x, kernel) if linear == "adder" else x @ kernel, params[name]["norm"])
+
+    hidden = linear_layer(np.asarray(x, np.float64), "fc1")
+    image = np.pad(hidden.reshape(2, 3, 3, 12), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel, seen = kernels(params, "conv"), np.zeros((2, 3, 3, 12))
+    assert kernel.shape == (3, 3, 1, 12)
+    for h, w in np.ndindex(3, 3):
+        pixels, weights = image[:, h : h + 3, w : w + 3], kernel[h, w, 0]
+        seen += -np.abs(pixels - weights) if linear == "adder" else pixels * weights
+    hidden = hidden + normalized(seen, params["conv"]["norm"]).reshape(2, 9, 12)
+    gelu = np.asarray(nn.gelu(jnp.asarray(hidden, jnp.float32)), np.float64)
+    np.testing.assert_allclose(module.apply(variables, x), linear_layer(gelu, "fc2"), atol=1e-4)
+    assert "conv" not in AdderMlp(without).init(jax.random.key(0), x)["params"]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (9, 8)])
+def test_mlp_convolution_needs_a_square_image(shape):
+    module = AdderMlp(dataclasses.replace(SMALL, mlp_kernel_size=3))
+    with pytest.raises(ValueError, match="mlp_kernel_size=3 needs tokens of a square image"):
+        module.init(jax.random.key(0), tokens(shape))
+
+
+@pytest.mark.parametrize(("channels", "features", "stride"), [(6, 6, 1), (3, 6, 2)])
+def test_depthwise_twin_is_the_convolution_of_lax(channels, features, stride):
+    layer = MultiplyConv(features, (3, 3), (stride, stride), ((1, 1), (1, 1)), jnp.float32, 1e-6, channels)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 5, channels))
+    variables = random_params(layer, x)
+
+    def plain(variables, x):
+        params = variables["params"]
+        y = jax.lax.conv_general_dilated(
+            x,
+            params["kernel"],
+            (stride, stride),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+        )
+        return nn.LayerNorm(epsilon=1e-6).apply({"params": params["norm"]}, y)
+
+    weights = jax.random.normal(jax.random.key(3), layer.apply(variables, x).shape)
+    found, wanted = (
+        jax.value_and_grad(lambda variables, x, f=f: jnp.sum(weights * f(variables, x)), (0, 1))(variables, x)
+        for f in (layer.apply, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
+    np.testing.assert_allclose(layer.apply(variables, x), plain(variables, x), atol=1e-5)
+
+
 def test_block_adds_both_residuals():
     block = EncoderBlock(SMALL)
     variables = random_params(block, tokens())
@@ -311,6 +372,7 @@ def test_stochastic_depth_drops_whole_branches_and_rescales():
         ({"similarity": "l2"}, "similarity='l2' is not known; choose one of 'l1', 'dot'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
+        ({"mlp_kernel_size": 2}, "mlp_kernel_size=2 must be odd"),
         ({"grad_inputs": "hardtahn"}, "grad_inputs.*hardtahn"),
         ({"grad_key": ("hardtanh", -1.0)}, "grad_key"),
         ({"implementation": "fast"}, "implementation='fast' is not known; choose one of None, 'reference'"),

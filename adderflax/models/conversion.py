@@ -48,7 +48,7 @@ from adderflax.operators import adder_attention
 
 Path = tuple[str, ...]
 _SIZES = ("image_size", "patch_size", "channels", "num_classes", "embed_dim", "num_heads", "mlp_dim", "depth")
-_SIZES += ("stem", "pooling")
+_SIZES += ("mlp_kernel_size", "stem", "pooling")
 _ATTENTION = ("similarity", "aggregation", "identity", "attention_scale")
 _KERNEL, _TEMPLATES = ("kernel",), ("adder_kernel",)
 _SCALE, _BIAS, _POWER = ("norm", "scale"), ("norm", "bias"), ("power",)
@@ -152,19 +152,23 @@ def dense_templates(kernel_IxO: jax.Array, inputs: jax.Array) -> jax.Array:
     """Templates [I, O] that follow a dense kernel, for a layer that sees `inputs` [..., I].
 
     A convolution's kernel, [height, width, I, O], gives its templates likewise: every position sees the same
-    features.
+    features. A depthwise one is [height, width, 1, O], and each output sees one feature.
     """
-    shape = kernel_IxO.shape
+    shape, features = kernel_IxO.shape, inputs.shape[-1]
     kernel_IxO = kernel_IxO.reshape(-1, shape[-1])
-    mean_I, deviation_I = (jnp.tile(m, math.prod(shape[:-2])) for m in _moments(inputs))
-    variance_Ix1 = jnp.square(deviation_I)[:, None]
-    total = jnp.maximum(jnp.sum(variance_Ix1), 1e-12)
-    rms_O = jnp.sqrt(jnp.sum(variance_Ix1 * jnp.square(kernel_IxO), axis=0) / total)
+    if len(shape) == 4 and shape[2] == 1 < features:
+        mean_IxO, deviation_IxO = (jnp.repeat(m, shape[-1] // features)[None] for m in _moments(inputs))
+    else:
+        positions = math.prod(shape[:-2])
+        mean_IxO, deviation_IxO = (jnp.tile(m, positions)[:, None] for m in _moments(inputs))
+    variance_IxO = jnp.broadcast_to(jnp.square(deviation_IxO), kernel_IxO.shape)
+    total_O = jnp.maximum(jnp.sum(variance_IxO, axis=0), 1e-12)
+    rms_O = jnp.sqrt(jnp.sum(variance_IxO * jnp.square(kernel_IxO), axis=0) / total_O)
     # An output that ignores its inputs, as those of a new classifier do, keeps doing so by a scale of 0; its
     # templates are drawn, so that equal ones do not stay equal in training.
     drawn_IxO = jax.random.normal(jax.random.key(0), kernel_IxO.shape)
     relative_IxO = jnp.where((rms_O > 0)[None], kernel_IxO / rms_O[None], drawn_IxO)
-    return (mean_I[:, None] + deviation_I[:, None] * relative_IxO).reshape(shape)
+    return (mean_IxO + deviation_IxO * relative_IxO).reshape(shape)
 
 
 def _sharpness_factor(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.encoder import EncoderBlock, EncoderConfig, dense
-from adderflax.layers import ARITHMETICS, AdderConv, Exponent, MultiplyConv, layer_norm, require_choice
+from adderflax.encoder import EncoderBlock, EncoderConfig, convolution, dense
+from adderflax.layers import ARITHMETICS, Exponent, layer_norm, require_choice
 
 STEMS = ("patch", "conv")
 POOLINGS = ("token", "mean")
@@ -117,6 +117,11 @@ class VisionTransformerConfig(EncoderConfig):
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: the image"
                 " is cut into whole square patches. Choose another image size, or another variant:"
                 f" {', '.join(VARIANTS)}."
+            )
+        if self.mlp_kernel_size is not None and self.pooling == "token":
+            raise ValueError(
+                f"mlp_kernel_size={self.mlp_kernel_size} convolves an image of tokens, among which the class"
+                " token has no place: set pooling='mean', or mlp_kernel_size=None."
             )
         halvings = self.patch_size.bit_length() - 1
         if self.stem == "conv" and (halvings < 1 or 2**halvings != self.patch_size):
@@ -237,7 +242,8 @@ class VisionTransformer(nn.Module):
         if config.stem == "conv":
             for index in range(P.bit_length() - 1):
                 width = config.embed_dim * 2**index // P
-                x = nn.gelu(self._stem_convolution(width, f"stem_{index}")(x, p))
+                layer = convolution(config, config.patch_embedding, width, 3, f"stem_{index}", stride=2)
+                x = nn.gelu(layer(x, p))
             P = 1
         B, H, W, C = x.shape
         x_BxNxP = (
@@ -254,24 +260,3 @@ class VisionTransformer(nn.Module):
             normalization="layer" if config.patch_embedding == "adder" else "none",
             use_bias=True,
         )(x_BxNxP, p)
-
-    def _stem_convolution(self, features: int, name: str) -> nn.Module:
-        config = self.config
-        shared = {
-            "features": features,
-            "kernel_size": (3, 3),
-            "strides": (2, 2),
-            "padding": ((1, 1), (1, 1)),
-            "dtype": config.compute_dtype,
-            "epsilon": config.layer_norm_epsilon,
-            "name": name,
-        }
-        if config.patch_embedding == "multiply":
-            return MultiplyConv(**shared)
-        return AdderConv(
-            grad_x=config.grad_inputs,
-            grad_kernel=config.grad_kernel,
-            implementation=config.implementation,
-            power_activation=config.power_activation,
-            **shared,
-        )

@@ -146,7 +146,7 @@ EVERYTHING_ADDS = {"patch_embedding": "adder", "head": "adder", "aggregation": "
         {"remat": True, "power_activation": True},
         {"dtype": "bfloat16"},
         {"stem": "conv", "pooling": "mean"},
-        {"stem": "conv", "pooling": "mean"} | EVERYTHING_ADDS,
+        {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3} | EVERYTHING_ADDS,
     ],
     ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16", "stem", "adder-stem"],
 )
@@ -284,6 +284,7 @@ def test_pooling_by_the_mean_has_no_class_token():
     [
         ({"stem": "cnn"}, "stem='cnn' is not known; choose one of 'patch', 'conv'"),
         ({"pooling": "max"}, "pooling='max' is not known; choose one of 'token', 'mean'"),
+        ({"mlp_kernel_size": 3}, "mlp_kernel_size=3 .*set pooling='mean'"),
         ({"stem": "conv", "image_size": 9, "patch_size": 3}, "patch_size=3 with stem='conv'.*choose 2, 4, 8"),
         ({"stem": "conv", "embed_dim": 10, "num_heads": 1}, "embed_dim=10 .*choose a multiple of 4"),
     ],
