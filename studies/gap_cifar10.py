@@ -30,6 +30,7 @@ SUBSET = {
     "model.embed_dim": 64,
     "model.num_heads": 4,
     "model.depth": 4,
+    "model.mlp_kernel_size": None,
     "model.drop_path_rate": 0.0,
     "batch_size": 64,
     "ema_decay": 0.0,
@@ -42,6 +43,9 @@ SUBSET = {
     "checkpoint_every": 10_000,
 }
 LR3, LR6 = {"optimizer.learning_rate": 3e-3}, {"optimizer.learning_rate": 6e-3}
+
+MEAN = {"model.pooling": "mean"}
+NEIGHBORS = MEAN | {"model.mlp_kernel_size": 3}
 
 
 def lessons(study: str) -> dict[str, dict[str, Any]]:
@@ -64,6 +68,8 @@ TWINS: dict[str, dict[str, Any]] = {
     "multiply": {},
     "multiply-lr3": LR3,
     "multiply-lr6": LR6,
+    "multiply-lr3-mean": LR3 | MEAN,
+    "multiply-lr3-neighbors": LR3 | NEIGHBORS,
     "vit": {},
     "vit-lr3": LR3,
     "vit-lr6": LR6,
@@ -95,6 +101,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "adder-lr3-dot": LR3 | {"model.similarity": "dot"},
     "adder-lr3-dx-hardtanh4": LR3 | {"model.grad_inputs": "hardtanh:4"},
     "adder-lr3-warm-features": LR3 | WARM | FEATURES,
+    "adder-lr3-mean": LR3 | MEAN,
+    "adder-lr3-neighbors": LR3 | NEIGHBORS,
     "adder-lr3-anneal": LR3 | {"anneal_fraction": 0.2},
 }
 FINALS: dict[str, dict[str, Any]] = {
