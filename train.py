@@ -25,6 +25,11 @@ _WORKDIR = flags.DEFINE_string(
     "Directory of the run, resumed if it holds one. Default: runs/, then the configuration file's name.",
 )
 _EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the workdir's newest checkpoint; do not train.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    "With --eval_only: where prepared data sets are here, in place of the run's data.data_dir.",
+)
 _EXTEND = flags.DEFINE_bool("extend", False, "Go on with another number of steps than the run began with.")
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps",
@@ -73,6 +78,8 @@ def main(argv: list[str]) -> None:
                 "--config is missing: give a configuration file, such as --config"
                 " configs/digits_adder_vit.py. Only --eval_only together with --workdir needs none."
             )
+        if _DATA_DIR.value is not None and not _EVAL_ONLY.value:
+            raise ConfigError("--data_dir goes with --eval_only. To train, set --config.data.data_dir=DIR.")
         if profile_steps is not None:
             profile_steps = profiling.parse_steps(profile_steps)
         if "://" in (workdir or ""):
@@ -84,7 +91,7 @@ def main(argv: list[str]) -> None:
             name, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
             workdir = Path("runs", "-".join(filter(None, (Path(name).stem, argument))))
         if _EVAL_ONLY.value:
-            print(json.dumps(trainer.evaluate(workdir, config)))
+            print(json.dumps(trainer.evaluate(workdir, config, data_dir=_DATA_DIR.value)))
         else:
             trainer.train(
                 config,

@@ -327,12 +327,15 @@ def _update(
     return state
 
 
-def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, float]:
+def evaluate(
+    workdir: str | Path, config: ConfigDict | None = None, *, data_dir: str | None = None
+) -> dict[str, float]:
     """Evaluates a workdir's newest checkpoint, or its file of weights, on the test split.
 
     Args:
       workdir: the run's directory.
       config: the run's configuration; None reads the one that the directory was begun with.
+      data_dir: where prepared data sets are on this machine; None looks where the configuration says.
 
     Returns:
       steps (not of a file of weights), test_loss, test_accuracy, test_examples, and test_accuracy_top5 above
@@ -344,6 +347,8 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict(), defaults=_defaults(config.to_dict()))
     described = config_here(workdir) if config is None else config.to_dict()
+    if data_dir is not None:
+        described = described | {"data": described["data"] | {"data_dir": data_dir}}
     # A teacher is needed no more.
     trainer = Trainer(described | {"distillation": {}})
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
