@@ -41,8 +41,8 @@ class EncoderConfig:
         GELU, an odd number of positions; None has no convolution. It makes neighbors known to each other, as
         in LocalViT (Li et al. 2021, "LocalViT: Bringing Locality to Vision Transformers"). The tokens must be
         those of a square image in reading order, without a class token.
-      linear: arithmetic of the query, key, value, fc1 and fc2 projections and of the MLP's
-        convolution, "adder" or "multiply".
+      mlp_convolution: arithmetic of that convolution, "adder" or "multiply"; None means that of `linear`.
+      linear: arithmetic of the query, key, value, fc1 and fc2 projections, "adder" or "multiply".
       output_projection: arithmetic of the attention's output projection.
       similarity: "l1" for ``-sum_c |q_c - k_c|`` or "dot" for ``q . k``.
       aggregation: "dot" for the product ``A V`` or "l1" for its adder form.
@@ -72,6 +72,7 @@ class EncoderConfig:
     num_heads: int = 3
     mlp_dim: int | None = None
     mlp_kernel_size: int | None = None
+    mlp_convolution: str | None = None
     linear: str = "adder"
     output_projection: str = "adder"
     similarity: str = "l1"
@@ -97,6 +98,7 @@ class EncoderConfig:
         for name in ("similarity", "aggregation"):
             require_choice(name, getattr(self, name), SIMILARITIES)
         require_normalization(self.normalization, self.power_activation)
+        require_choice("mlp_convolution", self.mlp_convolution, (None, *ARITHMETICS))
         require_choice("dtype", self.dtype, DTYPES)
         if self.embed_dim < 1 or self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(
@@ -284,9 +286,9 @@ class AdderMlp(nn.Module):
                 " (pooling='mean'), or set mlp_kernel_size=None."
             )
         image = x_BxTxF.reshape(shape[0], side, side, shape[2])
-        layer = convolution(
-            config, config.linear, shape[2], config.mlp_kernel_size, "conv", feature_group_count=shape[2]
-        )
+        arithmetic = config.mlp_convolution or config.linear
+        size, groups = config.mlp_kernel_size, {"feature_group_count": shape[2]}
+        layer = convolution(config, arithmetic, shape[2], size, "conv", **groups)
         return layer(image, p).reshape(shape)
 
 

@@ -63,28 +63,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     from PIL import Image
 
     logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened for reading is read-only
-    images = []
+    images, unreadable = [], []
     for path in arguments.image:
         try:
             image = Image.open(path)
             image.load()
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it first")
-            images.append(image)
+            images.append((path, image))
         except (OSError, SyntaxError, ValueError) as error:
-            sys.exit(
-                f"error: {path} cannot be read as an image: {error}. Give an 8-bit file that Pillow opens."
-            )
+            unreadable.append(f"{path} cannot be read as an image: {error}.")
     try:
-        results = predict(arguments.workdir, images, best=arguments.best)
+        results = predict(arguments.workdir, [image for _, image in images], best=arguments.best)
     except (ConfigError, WorkdirError) as error:
         sys.exit(f"error: {error}")
-    for path, result in zip(arguments.image, results):
+    for (path, _), result in zip(images, results):
         shown = dict(list(result.items())[: arguments.top])
         if arguments.json:
             print(json.dumps({"image": path, "probabilities": shown}))
         else:
             print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    if unreadable:
+        sys.exit(f"error: {' '.join(unreadable)} Give 8-bit files that Pillow opens.")
 
 
 if __name__ == "__main__":

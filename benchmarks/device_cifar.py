@@ -36,7 +36,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.device_estimate import EXAMPLES, Rates, configured_counts, epochs_within, seconds_an_epoch
+from benchmarks.device_estimate import (
+    CALLS,
+    EXAMPLES,
+    STARTS,
+    Rates,
+    configured_counts,
+    epochs_within,
+    seconds_an_epoch,
+)
 from benchmarks.device_kit import MIB, REPOSITORY, KitError, pack, unpack
 
 KIT = REPOSITORY / ".device"
@@ -231,18 +239,22 @@ def export(workdir: Path, file: Path) -> None:
 
 def estimate(minutes: float, overrides: Sequence[str]) -> None:
     """Prints the seconds of an epoch of both models, and the epochs that so many minutes a model allow."""
+    from adderflax.training.command_line import load_config
+
     speeds = {}
     for name, file in MODELS.items():
         parts = seconds_an_epoch(*configured_counts(file, overrides))
         total = sum(parts.values())
         speeds[name] = EXAMPLES / total
-        print(f"{file}: {total:.1f} s an epoch, {speeds[name]:,.0f} images/s")
+        dtype = load_config(file, overrides).model.dtype or "float32"
+        print(f"{file}, {dtype}: {total:.1f} s an epoch, {speeds[name]:,.0f} images/s")
         for part, seconds in parts.items():
             print(f"  {part:34s}{seconds:6.2f} s")
         alone = epochs_within(60 * minutes, [speeds[name]], starts=2)
-        print(f"  {minutes:g} minutes allow {alone} epochs")
+        print(f"  {minutes:g} minutes allow {alone} epochs, beside two processes' {STARTS:g} s of their own")
     both = epochs_within(120 * minutes, speeds.values())
-    print(f"{2 * minutes:g} minutes allow {both} epochs of each. Speeds, measured and assumed: {Rates()}")
+    print(f"{2 * minutes:g} minutes allow {both} epochs of each, beside {CALLS} processes")
+    print(f"Speeds, measured and assumed: {Rates()}")
 
 
 def calls(pieces: int, runs: dict[str, float], overrides: Sequence[str] = ()) -> list[dict[str, object]]:

@@ -82,7 +82,8 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
     missing = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "none.png"))
     assert missing.returncode == 1 and "none.png" in missing.stderr and "Traceback" not in missing.stderr
     (tmp_path / "cut.png").write_bytes((tmp_path / "noise.png").read_bytes()[:300])
-    cut = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "cut.png"))
+    cut = run("-m", "adderflax.predict", str(workdir), str(tmp_path / "cut.png"), str(tmp_path / "noise.png"))
+    assert cut.stdout.startswith(f"{tmp_path / 'noise.png'}: ") and cut.stdout.count("\n") == 1
     assert cut.returncode == 1 and "cut.png cannot be read" in cut.stderr and "Traceback" not in cut.stderr
 
 
@@ -94,6 +95,7 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
         (["--config.model.arithmetic=add"], "arithmetic='add' is not known; choose one of 'adder'"),
         (["--config.data.image_size=9"], "image_size=9 is not a multiple of patch_size=4"),
         (["--config.batch_size=5000"], "batch_size=5000"),
+        (["--data_dir=sets"], "--data_dir goes with --eval_only. To train, set --config.data.data_dir"),
         (["--workdir=/proc/run"], "The workdir /proc/run cannot be written"),
     ],
 )

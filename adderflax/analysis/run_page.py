@@ -68,7 +68,7 @@ class Run:
       log: ``metrics.jsonl``.
       summary: ``summary.json``, or None while the run is not finished.
       starts: ``environment.json``.
-      written: when the log was last written, or None.
+      written: the date of the log's file, or None.
     """
 
     path: Path
@@ -106,7 +106,7 @@ class Run:
             return "Not a single figure is logged yet."
         total = f" of {RunConfig.parse(self.config).num_steps(self.info):,}" if self.info else ""
         written = self.written.strftime("%Y-%m-%d %H:%M UTC")
-        return f"At step {self.log[-1]['step']:,}{total}; the log was last written {written}."
+        return f"At step {self.log[-1]['step']:,}{total}; its log is a file of {written}."
 
 
 def write_run_page(workdir: str | Path, output: str | Path | None = None) -> Path:

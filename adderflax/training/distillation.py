@@ -274,7 +274,10 @@ def _pairs(
                 " distillation.soft_labels for any pair of models."
             )
     mine, theirs = found
-    advice = f"Choose a teacher of the same model.variant, or set distillation.{field}=0."
+    advice = (
+        "Choose a teacher with the same model.depth, model.embed_dim, model.num_heads and tokens, or set"
+        f" distillation.{field}=0."
+    )
     counts, their_counts = ({path: len(values) for path, values in flat.items()} for flat in found)
     if counts != their_counts:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from adderflax.layers import require_choice
+from adderflax.models.vit import PRESETS
 from adderflax.training.config import default_config
 
 
@@ -46,6 +48,7 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
       arithmetic: "adder", "multiply", "vit" or "custom"; or "taught", the adder model that learns from its
         finished twin besides the labels.
     """
+    require_choice("arithmetic", arithmetic, (*PRESETS, "custom", "taught"))
     config = default_config("adder" if arithmetic == "taught" else arithmetic)
     if arithmetic == "taught":
         config.distillation.teacher = f"runs/{name}_adder_vit-multiply"

@@ -101,7 +101,7 @@ def test_a_run_that_goes_on(begun):
     # The summary of an earlier, shorter end is not this run's.
     workdir.write_summary(begun, {"steps": 100, "test_accuracy": 0.5})
     text = page(begun)
-    assert "At step 20 of 300; the log was last written" in text and "test accuracy" not in text
+    assert "At step 20 of 300; its log is a file of" in text and "test accuracy" not in text
 
 
 def test_mistakes_are_told_in_one_line(tmp_path, begun, capsys):

@@ -234,6 +234,16 @@ def test_evaluate_a_workdir(finished):
         evaluate(workdir, small_config(seed=5))
 
 
+def test_evaluation_finds_the_data_of_this_machine(finished, monkeypatch):
+    def load(config):
+        raise ValueError(f"sets in {config.data_dir}")
+
+    monkeypatch.setattr(trainer.data_lib, "load_dataset", load)
+    for options, expected in (({}, "sets in None"), ({"data_dir": "there"}, "sets in there")):
+        with pytest.raises(ConfigError, match=expected):
+            evaluate(finished[0], **options)
+
+
 def test_extending_needs_the_flag(finished, tmp_path):
     train(small_config(total_steps=2), tmp_path, progress=False)
     with pytest.raises(WorkdirError, match="total_steps.*--extend"):
