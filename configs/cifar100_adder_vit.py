@@ -1,4 +1,4 @@
-"""Adder ViT (7 blocks of width 256, a small stem, 3.9 M parameters) on CIFAR-100, from scratch, 100 epochs.
+"""Adder ViT (7 blocks of width 256, a small stem, 3.9 M parameters) on CIFAR-100, from scratch, 50 epochs.
 
     python train.py --config configs/cifar100_adder_vit.py:multiply   # the twin
     python train.py --config configs/cifar100_adder_vit.py:taught     # the adder model that learns from it

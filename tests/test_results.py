@@ -105,7 +105,7 @@ def test_accuracies_of_the_gap_studies_in_the_readme():
     rows = {
         "multiply": "`multiply`, the twin",
         "vit": "`vit`",
-        "adder-features": "`adder`, the twin's features as a lesson",
+        "adder-features": "`adder`, taught the twin's features",
         "adder-warm": "`adder`, a warm start from the twin",
         "adder-warm-features": "`adder`, both",
     }
@@ -120,13 +120,18 @@ def test_accuracies_of_the_gap_studies_in_the_readme():
 
 
 def test_the_table_of_the_h200_is_what_its_runs_wrote():
-    page = (RESULTS / "cifar10.md").read_text()
-    steps, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in page.splitlines()
-        if line.startswith(("| update |", "| twin, v", "| taught adder, v"))
-    ]
-    for name, cells in zip(("multiply", "taught"), rows, strict=True):
+    _, second, first = re.split(
+        r"^## The \w+ lease", (RESULTS / "cifar10.md").read_text(), flags=re.MULTILINE
+    )
+    found = []
+    for section, names in ((second, ("multiply",)), (first, ("first/multiply", "first/taught"))):
+        steps, *rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in section.splitlines()
+            if line.startswith(("| update |", "| twin, v", "| taught adder, v"))
+        ]
+        found += [(steps, name, cells) for name, cells in zip(names, rows, strict=True)]
+    for steps, name, cells in found:
         lines = map(json.loads, (RESULTS / "cifar10" / name / "metrics.jsonl").read_text().splitlines())
         found = {x["step"]: x["validation_accuracy"] for x in lines if "validation_accuracy" in x}
         told = {
@@ -138,40 +143,67 @@ def test_the_table_of_the_h200_is_what_its_runs_wrote():
 
 @jax.numpy_dtype_promotion("standard")
 def test_the_figures_of_the_h200_are_those_of_its_files():
-    folder, page = RESULTS / "cifar10", (RESULTS / "cifar10.md").read_text()
-    twin = json.loads((folder / "multiply" / "summary.json").read_text())
-    taught = json.loads((folder / "taught" / "evaluation.json").read_text())
-    assert twin["devices"] == ["NVIDIA H200"] and twin["test_examples"] == taught["test_examples"] == 10_000
-    accuracies = [f"{run['test_accuracy']:.4f}" for run in (twin, taught)]
-    assert all(f"| {accuracy} |" in page for accuracy in accuracies)
-    cells = row("CIFAR-10 in full, 3.8 M parameters, 60 epochs on an H200, seed 0")
-    assert [re.search(r"0\.\d{4}", cell).group() for cell in cells[1::-1]] == accuracies
-    readme = (RESULTS.parent / "README.md").read_text()
-    config = (RESULTS.parent / "configs" / "cifar10_adder_vit.py").read_text()
-    assert (
-        f"{100 * taught['test_accuracy']:.1f} %" in readme
-        and f"{100 * taught['test_accuracy']:.1f} %" in config
-    )
+    folder = RESULTS / "cifar10"
 
-    speed = twin["images_per_second"]
-    updating = twin["steps"] * 256 / speed
-    last = json.loads((folder / "taught" / "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
+    def read(run, name="summary"):
+        return json.loads((folder / run / f"{name}.json").read_text())
+
+    def last_speed(run):
+        return json.loads((folder / run / "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
+
+    page, readme, config = (
+        re.sub(r"\s+", " ", (RESULTS.parent / name).read_text())
+        for name in ("results/cifar10.md", "README.md", "configs/cifar10_adder_vit.py")
+    )
+    new, old, taught = read("multiply"), read("first/multiply"), read("first/taught", "evaluation")
+    for run in (new, old, taught):
+        assert run["test_examples"] == 10_000 and f"| {run['test_accuracy']:.4f} |" in page
+    assert new["devices"] == old["devices"] == ["NVIDIA H200"]
+    cells = row("CIFAR-10 in full, 3.9 M parameters, 50 epochs on an H200, seed 0")
+    assert cells[1] == f"{new['test_accuracy']:.4f}" and new["config"]["epochs"] == 50
+    cells = row("CIFAR-10 in full, 3.8 M parameters, no neighbors, 60 epochs on an H200, seed 0")
+    told = [re.search(r"0\.\d{4}", cell).group() for cell in cells[:2]]
+    assert told == [f"{run['test_accuracy']:.4f}" for run in (taught, old)]
+    for run, pages in ((new, (page, readme, config)), (taught, (page, readme))):
+        assert all(f"{100 * run['test_accuracy']:.1f} %" in text for text in pages)
+
+    speed, last = old["images_per_second"], last_speed("first/taught")
+    updating = old["steps"] * 256 / speed
     for told in (
         f"{256e3 / speed:.1f} ms, {speed:,.0f} images/s",
         f"{256e3 / last:.1f} ms",
         f"{last:,.0f} images/s",
         f"{updating:.0f} s of updates",
-        f"{twin['seconds'] - updating:.0f} s: compilation",
+        f"{old['seconds'] - updating:.0f} s: compilation",
         f"{49_000 / last:.1f} s with the teacher, and {49_000 / speed:.1f} s",
+        f"an update of the twin took {256e3 / new['images_per_second']:.1f} ms",
+        f"the taught adder model {256e3 / last_speed('taught'):.0f} ms",
+        f"the twin needed {new['seconds']:.0f} s",
     ):
-        assert told in re.sub(r"\s+", " ", page), told
-    estimates = []
-    for argument in ("", ":multiply"):
-        counts = device_estimate.configured_counts(f"configs/cifar10_adder_vit.py{argument}", [])
-        estimates.append(sum(device_estimate.seconds_an_epoch(*counts).values()))
-    told = "{:.1f} s an epoch for the adder model and {:.1f} s for the twin".format(*estimates)
-    assert told in re.sub(r"\s+", " ", page), told
-    assert f"{49_000 / speed:.1f} s an epoch" in config and f"{49_000 / last:.1f} s an epoch" in config
+        assert told in page, told
+    assert f"{49_000 / last:.1f} s" in config
+    found = [
+        device_estimate.configured_counts(f"configs/cifar10_adder_vit.py{argument}", [])
+        for argument in ("", ":multiply")
+    ]
+    seconds = [sum(device_estimate.seconds_an_epoch(*counts).values()) for counts in found]
+    assert "{:.1f} s an epoch for the adder model and {:.1f} s for the twin".format(*seconds) in page
+    assert "{:.1f} s there and the twin {:.1f} s".format(*seconds) in config
+    counts = found[0][0]
+    assert f"{counts.products / 1e6:.1f} million multiply-accumulates" in readme
+    assert f"{(counts.linear + counts.scores) / 1e6:.1f} million additions" in readme
+
+
+def test_the_weights_that_come_along_are_of_the_runs():
+    for weights, run in (("cifar10_twin", "multiply"), ("cifar10_adder_vit", "first/taught")):
+        ours, theirs = (
+            json.loads((folder / "config.json").read_text())
+            for folder in (RESULTS.parent / "weights" / weights, RESULTS / "cifar10" / run)
+        )
+        for config in (ours, theirs):  # what belongs to the machine
+            config["data"] |= {"data_dir": None, "workers": 0}
+            config["distillation"]["teacher"] = None
+        assert ours == theirs
 
 
 @jax.numpy_dtype_promotion("standard")
