@@ -39,9 +39,8 @@ def gradient_x(x: jax.Array, kernel: jax.Array, g: jax.Array, window: Window, ru
 
 def gradient_kernel(x: jax.Array, kernel: jax.Array, g: jax.Array, window: Window, rule: Rule) -> jax.Array:
     """sum over all windows of rule(x - kernel) g, in the shape of the kernel, float32."""
-    positions = _positions(x, kernel, window)
-    sums = [jnp.sum(apply_rule(rule, taps - weights) * g, axis=(0, 1, 2)) for taps, weights in positions]
-    return jnp.stack(sums).reshape(kernel.shape)
+    terms = [apply_rule(rule, taps - weights) * g for taps, weights in _positions(x, kernel, window)]
+    return _sums_over_pixels(terms).reshape(kernel.shape)
 
 
 def depthwise_conv(
@@ -91,11 +90,29 @@ def _depthwise_conv_fwd(x, kernel, window):
 
 
 def _depthwise_conv_bwd(window, residuals, g):
-    # Written out here, and not in the forward pass, what it needs is shifted again rather than kept.
-    return jax.vjp(partial(_product, window=window), *residuals)[1](g)
+    # What the forward pass shifted is shifted again rather than kept.
+    x, kernel = residuals
+    g = g.astype(jnp.float32)
+    taps, to_x = jax.vjp(lambda x: _taps(x, kernel.shape, window), x.astype(jnp.float32))
+    dx = to_x([weights * g for _, weights in _positions(x, kernel, window)])[0]
+    dkernel = _sums_over_pixels([tap * g for tap in taps]).reshape(kernel.shape)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
 _depthwise_conv.defvjp(_depthwise_conv_fwd, _depthwise_conv_bwd)
+
+
+def _sums_over_pixels(terms: list[jax.Array]) -> jax.Array:
+    """Sums arrays [N, H', W', O], one a position of the kernel, over all but the last axis: [positions, O]."""
+
+    def apart(*terms):
+        return jnp.stack([jnp.sum(term, axis=(0, 1, 2)) for term in terms])
+
+    def together(*terms):
+        # On a GPU as many sums would be as many kernels, each reading the images again.
+        return jnp.sum(jnp.concatenate(terms, axis=3), axis=(0, 1, 2)).reshape(len(terms), -1)
+
+    return lax.platform_dependent(*terms, cpu=apart, default=together)
 
 
 def _positions(x: jax.Array, kernel: jax.Array, window: Window) -> Iterator[tuple[jax.Array, jax.Array]]:
