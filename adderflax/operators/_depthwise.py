@@ -103,7 +103,7 @@ _depthwise_conv.defvjp(_depthwise_conv_fwd, _depthwise_conv_bwd)
 
 
 def _sums_over_pixels(terms: list[jax.Array]) -> jax.Array:
-    """Sums arrays [N, H', W', O], one a position of the kernel, over all but the last axis: [positions, O]."""
+    """Sums arrays [N, H', W', O], one a position of the kernel, over all but O: [positions, O]."""
 
     def apart(*terms):
         return jnp.stack([jnp.sum(term, axis=(0, 1, 2)) for term in terms])
