@@ -25,6 +25,8 @@ _TENSOR_RULES = (
     (r"(query|key|value|fc1)/(adder_)?kernel", (None, "tensor")),
     (r"(query|key|value|fc1)/(norm/)?(scale|bias)", ("tensor",)),
     (r"(out|fc2)/(adder_)?kernel", ("tensor", None)),
+    (r"mlp/conv/(adder_)?kernel", (None, None, None, "tensor")),
+    (r"mlp/conv/norm/(scale|bias)", ("tensor",)),
 )
 # Elements below which a gather costs more than a copy on every device.
 _SMALLEST_CUT = 4096

@@ -43,6 +43,8 @@ def build(devices, mesh, implementation):
         "ema_decay": 0.9,
         "model.patch_size": 4,
         "model.depth": 1,
+        "model.pooling": "mean",
+        "model.mlp_kernel_size": 3,
         "model.drop_path_rate": 0.2,
         "model.implementation": implementation,
         "augment.crop_padding": 1,

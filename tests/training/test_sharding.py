@@ -89,8 +89,9 @@ def test_fsdp_gathers_parameters_once_and_no_activations(figures):
 def test_what_rests_on_a_device(figures, part):
     whole = figures["1"]["bytes"][part]
     assert figures["data 8"]["bytes"][part] == whole
-    # An eighth and a quarter of the matrices; vectors, 7 % of this small model, stay whole.
-    assert figures["fsdp 8"]["bytes"][part] < 0.19 * whole
+    # An eighth and a quarter of the matrices; vectors and the depthwise convolution, 12 % of this small
+    # model, stay whole.
+    assert figures["fsdp 8"]["bytes"][part] < 0.24 * whole
     assert figures[MIXED]["bytes"][part] < 0.3 * whole
 
 
@@ -113,6 +114,8 @@ def specs(tree, fsdp, tensor):
         ("fc1/bias", (256,), 1, 2, P("tensor")),
         ("value/norm/scale", (64,), 1, 2, P("tensor")),
         ("out/adder_kernel", (64, 64), 1, 2, P("tensor", None)),
+        ("mlp/conv/adder_kernel", (3, 3, 1, 256), 1, 2, P(None, None, None, "tensor")),
+        ("mlp/conv/norm/scale", (256,), 1, 2, P("tensor")),
         ("fc2/adder_kernel", (256, 64), 2, 2, P("tensor", "fsdp")),
         ("fc2/norm/bias", (64,), 2, 2, P()),
         ("fc1/adder_kernel", (64, 256), 2, 2, P("fsdp", "tensor")),
