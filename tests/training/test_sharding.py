@@ -92,7 +92,7 @@ def test_what_rests_on_a_device(figures, part):
     # An eighth and a quarter of the matrices; vectors and the depthwise convolution, 12 % of this small
     # model, stay whole.
     assert figures["fsdp 8"]["bytes"][part] < 0.24 * whole
-    assert figures[MIXED]["bytes"][part] < 0.3 * whole
+    assert figures[MIXED]["bytes"][part] < 0.32 * whole
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(figures):
