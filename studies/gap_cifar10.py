@@ -8,7 +8,9 @@ rates, so that they are no easier to beat. The best three then run over 20 epoch
 (`final-...`), beside `multiply` and `vit` at their best rate. The teacher, and the source of a warm
 start, is the first seed of `final-multiply`: its 20 epochs come on top of the student's. So that this is
 no advantage unseen, `final-multiply-warm` lets the twin go on from the same weights for as many epochs,
-and `final-multiply-features` lets it learn from the same teacher.
+and `final-multiply-features` lets it learn from the same teacher. The rows with `neighbors` repeat this for
+the depthwise convolution in the MLP and the teaching of `configs/cifar10_adder_vit.py:taught`, the teacher
+being the first seed of `final-multiply-neighbors`.
 Run it with `--keep_checkpoints`: later rows read those of `final-multiply-seed0`.
 
 What this can show: which tools help a small model that is trained for a short time. One seed of a
@@ -48,19 +50,20 @@ MEAN = {"model.pooling": "mean"}
 NEIGHBORS = MEAN | {"model.mlp_kernel_size": 3}
 
 
-def lessons(study: str) -> dict[str, dict[str, Any]]:
-    """What can be taken over from the first final run of a study's twin."""
-    teacher = f"runs/studies/{study}/final-multiply-seed0"
+def lessons(study: str, teacher: str = "final-multiply") -> dict[str, dict[str, Any]]:
+    """What can be taken over from the first run of a row of a study."""
+    teacher = f"runs/studies/{study}/{teacher}-seed0"
     taught = {"distillation.teacher": teacher}
     return {
         "warm": {"warm_start.source": teacher},
         "features": taught | {"distillation.features": 1.0},
         "attention": taught | {"distillation.attention": 1.0},
         "soft": taught | {"distillation.soft_labels": 0.5, "distillation.temperature": 2.0},
+        "recipe": taught | {"distillation.features": 1.0, "distillation.soft_labels": 0.5},
     }
 
 
-LESSONS = lessons("gap_cifar10")
+LESSONS = {name: lesson for name, lesson in lessons("gap_cifar10").items() if name != "recipe"}
 WARM, FEATURES = LESSONS["warm"], LESSONS["features"]
 
 # What is changed, by the name of the row; its first word is the arithmetic.
@@ -115,6 +118,15 @@ FINALS: dict[str, dict[str, Any]] = {
 }
 # The same help for the multiplying twin.
 CONTROLS: dict[str, dict[str, Any]] = {"multiply-warm": LR3 | WARM, "multiply-features": LR3 | FEATURES}
+# The recipe of configs/cifar10_adder_vit.py:taught on the small model: neighbors, and their twin as teacher.
+TAUGHT = LR3 | NEIGHBORS | lessons("gap_cifar10", "final-multiply-neighbors")["recipe"]
+NEIGHBOR_FINALS: dict[str, dict[str, Any]] = {
+    "multiply-neighbors": LR3 | NEIGHBORS,
+    "adder-neighbors": LR3 | NEIGHBORS,
+    "adder-neighbors-taught": TAUGHT,
+    "adder-neighbors-multiply-taught": TAUGHT | {"model.mlp_convolution": "multiply"},
+}
+NEIGHBOR_CONTROLS: dict[str, dict[str, Any]] = {"multiply-neighbors-taught": TAUGHT}
 
 
 def rows(
@@ -143,6 +155,8 @@ def runs() -> list[Run]:
     return (
         rows("final", config, FINALS, (0, 1, 2), long)
         + rows("final", config, CONTROLS, (0,), long)
+        + rows("final", config, NEIGHBOR_FINALS, (0, 1, 2), long)
+        + rows("final", config, NEIGHBOR_CONTROLS, (0,), long)
         + rows("screen", config, TWINS | ALONE | TOGETHER, (0,), short)
     )
 
@@ -151,7 +165,12 @@ def comparisons() -> list[Comparison]:
     """Every tool against the adder model without it, and the final adder models against both twins."""
     found = [Comparison(name, f"screen-{name}", "screen-adder") for name in ALONE if name != "adder"]
     found += [Comparison(name, f"screen-{name}", "screen-adder-lr3") for name in TOGETHER]
-    return found + against_twins(FINALS)
+    found += against_twins(FINALS)
+    return found + [
+        Comparison(f"{name} against its twin", f"final-{name}", "final-multiply-neighbors")
+        for name in NEIGHBOR_FINALS
+        if name.startswith("adder")
+    ]
 
 
 def against_twins(finals: dict[str, dict[str, Any]]) -> list[Comparison]:
