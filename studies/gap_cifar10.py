@@ -50,20 +50,19 @@ MEAN = {"model.pooling": "mean"}
 NEIGHBORS = MEAN | {"model.mlp_kernel_size": 3}
 
 
-def lessons(study: str, teacher: str = "final-multiply") -> dict[str, dict[str, Any]]:
-    """What can be taken over from the first run of a row of a study."""
-    teacher = f"runs/studies/{study}/{teacher}-seed0"
+def lessons(study: str) -> dict[str, dict[str, Any]]:
+    """What can be taken over from the first final run of a study's twin."""
+    teacher = f"runs/studies/{study}/final-multiply-seed0"
     taught = {"distillation.teacher": teacher}
     return {
         "warm": {"warm_start.source": teacher},
         "features": taught | {"distillation.features": 1.0},
         "attention": taught | {"distillation.attention": 1.0},
         "soft": taught | {"distillation.soft_labels": 0.5, "distillation.temperature": 2.0},
-        "recipe": taught | {"distillation.features": 1.0, "distillation.soft_labels": 0.5},
     }
 
 
-LESSONS = {name: lesson for name, lesson in lessons("gap_cifar10").items() if name != "recipe"}
+LESSONS = lessons("gap_cifar10")
 WARM, FEATURES = LESSONS["warm"], LESSONS["features"]
 
 # What is changed, by the name of the row; its first word is the arithmetic.
@@ -119,7 +118,8 @@ FINALS: dict[str, dict[str, Any]] = {
 # The same help for the multiplying twin.
 CONTROLS: dict[str, dict[str, Any]] = {"multiply-warm": LR3 | WARM, "multiply-features": LR3 | FEATURES}
 # The recipe of configs/cifar10_adder_vit.py:taught on the small model: neighbors, and their twin as teacher.
-TAUGHT = LR3 | NEIGHBORS | lessons("gap_cifar10", "final-multiply-neighbors")["recipe"]
+TEACHER = {"distillation.teacher": "runs/studies/gap_cifar10/final-multiply-neighbors-seed0"}
+TAUGHT = LR3 | NEIGHBORS | TEACHER | {"distillation.features": 1.0, "distillation.soft_labels": 0.5}
 NEIGHBOR_FINALS: dict[str, dict[str, Any]] = {
     "multiply-neighbors": LR3 | NEIGHBORS,
     "adder-neighbors": LR3 | NEIGHBORS,
