@@ -29,6 +29,7 @@ _MULTIPLYING = {
     "aggregation": "dot",
     "patch_embedding": "multiply",
     "head": "multiply",
+    "mlp_convolution": "multiply",
     "convolution": "multiply",
     "shortcut": "multiply",
 }

@@ -20,6 +20,7 @@ _PARTS = {
     "out": "output projection",
     "fc1": "fc1, fc2",
     "fc2": "fc1, fc2",
+    "conv": "MLP convolution",
     "head": "head",
 }
 _ORDER = (
@@ -29,6 +30,7 @@ _ORDER = (
     "A V",
     "output projection",
     "fc1, fc2",
+    "MLP convolution",
     "head",
     SOFTMAX,
     NORMALIZATION,

@@ -105,6 +105,20 @@ def test_a_stem_is_part_of_the_patch_embedding():
     assert parts["scores"].adder_elements == 4 * 4 * 16 * 16 * 16
 
 
+def test_the_convolution_of_the_mlp():
+    # 4 blocks, 16 tokens, 9 positions, 256 features. Its twin multiplies, whatever it does itself.
+    fields = {"pooling": "mean", "mlp_kernel_size": 3}
+    for arithmetic, adds in (("adder", True), (None, True), ("multiply", False)):
+        model = digits_model(mlp_convolution=arithmetic, **fields)
+        ours, twin = (
+            split_into_parts(inference_ledger(found))["MLP convolution"]
+            for found in (model, multiplying_twin(model))
+        )
+        terms = 4 * 16 * 9 * 256
+        assert (ours.adder_elements, ours.macs) == ((terms, 0) if adds else (0, terms))
+        assert (twin.adder_elements, twin.macs) == (0, terms)
+
+
 def test_parts_add_up_to_the_total():
     model = digits_model()
     ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
