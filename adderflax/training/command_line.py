@@ -37,7 +37,11 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
         proposal = f" Did you mean {words[4]!r}?" if "mean" in words else ""
         message = f"The configuration has no field {words[0]!r}.{proposal}"
     except (flags.Error, OSError, ValueError) as error:
-        message = f"{' '.join(str(error).split()).rstrip('.')}."
+        flag, _, failure = str(error).partition(" Error whilst parsing config file:")
+        # What the file itself refused is told in the last line, behind the way through this library.
+        _, refused, reason = failure.rstrip().rpartition("\nValueError: ")
+        text = f"{flag} {reason}" if refused else str(error)
+        message = f"{' '.join(text.split()).rstrip('.')}."
     raise ConfigError(
         f"{message} The fields are described in adderflax/training/config.py; --help shows the flags."
     )
