@@ -112,6 +112,16 @@ def test_accuracies_of_the_gap_studies_in_the_readme():
     for name, label in rows.items():
         cells = [f"{100 * gap_accuracy(study, f'final-{name}'):.1f}" for study in ("digits", "cifar10")]
         assert f"| {label} | {cells[0]} | {cells[1]} |" in readme
+    rows = {
+        "multiply-neighbors": "`multiply`",
+        "adder-neighbors": "`adder`",
+        "adder-neighbors-taught": "`adder`, taught the twin's features and soft labels",
+        "adder-neighbors-multiply-taught": "`adder`, taught likewise, its depthwise convolution multiplies",
+    }
+    for name, label in rows.items():
+        assert f"| {label} | {100 * gap_accuracy('cifar10', f'final-{name}'):.1f} |" in readme
+    alone = gap_accuracy("cifar10", "final-multiply-neighbors-taught", (0,))
+    assert f"| `multiply`, taught likewise (one seed) | {100 * alone:.1f} |" in readme
     both = gap_accuracy("digits", "final-multiply-warm-features")
     assert f"| `multiply`, both | {100 * both:.1f} | |" in readme
     # The digits' adder model alone stands in the table of the first command.
