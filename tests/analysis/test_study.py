@@ -348,8 +348,9 @@ def test_the_decisive_experiment(name, head_width):
         scale = model.pop("attention_scale")
         cells.add((*factors, scale and round(scale * head_width**0.5, 4)))
         # All else is equal, and is the preset: no biases, a normalization behind every layer.
+        neighbors = {"mlp_kernel_size", "mlp_convolution"}  # of the CIFAR-10 recipe, alike in every cell
         chosen = {key for key, value in model.items() if value is not None}
-        assert chosen <= {"variant", "arithmetic", "dtype", "drop_path_rate"}
+        assert chosen <= {"variant", "arithmetic", "dtype", "drop_path_rate"} | neighbors
         assert model["arithmetic"] == "adder"
         rest.append({**whole, "model": model})
         described = VisionTransformerConfig.from_variant(config.model.variant)
