@@ -1,7 +1,7 @@
 """Trains configs/cifar10_adder_vit.py and its multiplying twin on a GPU machine that is lent in short calls.
 
     python -m benchmarks.device_cifar pack --data_dir ../shared/tfds    what the machine lacks, into .device/
-    python -m benchmarks.device_cifar plan multiply=60 taught=60        the calls, in their order
+    python -m benchmarks.device_cifar plan multiply=50 taught=50        the calls, in their order
     python -m benchmarks.device_cifar estimate                          seconds an epoch to expect
 
 Each call runs a command of at most 10 minutes over a copy of the checkout, takes at most 64 MiB along, brings
@@ -11,15 +11,16 @@ and checked there; `probe` times an update of the models and runs the whole trai
 trains one run after the other, each for its number of epochs, stops by SIGTERM when its seconds are over
 (exit code 75, everything saved) and goes on in the next call:
 
-    python3 -m benchmarks.device_cifar train --seconds 480 multiply=60 taught=60
+    python3 -m benchmarks.device_cifar train --seconds 510 multiply=50 taught=50
 
 The runs are "multiply", the twin; "adder"; and "taught", the adder model that learns from the finished twin
-besides the labels. All start from random weights.
+besides the labels. All start from random weights. The finished twin of the recipe is weights/cifar10_twin: with
+`taught=80 --config.distillation.teacher=weights/cifar10_twin` a lease is the adder model's alone.
 
 After each call $OUT holds, of every model that it trained, the evaluated weights of the newest checkpoint
 (float16, under 16 MiB) and the run's metrics.jsonl, summary.json and other small files. It does not hold
 what resuming elsewhere would take: parameters, averages and Adam's two moments are some 60 MiB a model, about
-what a call carries. One machine must do it all, in its 30 minutes; on a second one the runs begin again.
+what a call carries. One machine must do it all before its lease ends; on a second one the runs begin again.
 
 The config may be changed by --config.a.b=value behind `probe` and `train`, alike in each call.
 """
@@ -257,13 +258,23 @@ def estimate(minutes: float, overrides: Sequence[str]) -> None:
     print(f"Speeds, measured and assumed: {Rates()}")
 
 
-def calls(pieces: int, runs: dict[str, float], overrides: Sequence[str] = ()) -> list[dict[str, object]]:
-    """The device calls of a whole lease: command, timeout_s and carry of each, in order."""
+def calls(
+    pieces: int, runs: dict[str, float], overrides: Sequence[str] = (), probed: bool = False
+) -> list[dict[str, object]]:
+    """The device calls of a whole lease: command, timeout_s and carry of each, in order.
+
+    Args:
+      pieces: how many `pack` made.
+      runs: epochs of each, by a name of RUNS.
+      overrides: --config.a.b=value for every run.
+      probed: whether the first call also probes.
+    """
     script = "python3 -m benchmarks.device_cifar"
     fields = "".join(f" {override}" for override in overrides)
     trained = " ".join(f"{name}={epochs:g}" for name, epochs in runs.items())
     trains = f"{script} train --seconds {600 - 2 * SAVING:g} {trained}{fields}"
-    commands = [(f"{script} unpack 1 && {script} probe{fields}", 300, [1])]
+    probing = (f" && {script} probe{fields}", 300) if probed else ("", 120)
+    commands = [(f"{script} unpack 1{probing[0]}", probing[1], [1])]
     commands += [(f"{script} unpack {number}", 120, [number]) for number in range(2, pieces)]
     commands += [(f"{script} unpack {pieces} && {trains}", 600, [pieces]), (trains, 600, [])]
     return [
@@ -272,12 +283,12 @@ def calls(pieces: int, runs: dict[str, float], overrides: Sequence[str] = ()) ->
     ]
 
 
-def plan(runs: dict[str, float], overrides: Sequence[str], kit: Path = KIT) -> None:
-    """Prints the calls for what `pack` laid ready."""
+def plan(runs: dict[str, float], overrides: Sequence[str], probed: bool = False, kit: Path = KIT) -> None:
+    """Prints the calls for what `pack` laid ready, the first with a probe if asked for."""
     pieces = sum(entry.name.isdigit() for entry in kit.iterdir()) if kit.is_dir() else 0
     if not pieces:
         raise KitError(f"{kit} is empty: begin with `python -m benchmarks.device_cifar pack --data_dir DIR`.")
-    for number, call in enumerate(calls(pieces, runs, overrides), 1):
+    for number, call in enumerate(calls(pieces, runs, overrides, probed), 1):
         print(f"{number}. {json.dumps(call)}")
     print(
         "Each within 30 s of the one before; the last one again until its exit code is 0 (75: more to do);"
@@ -319,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add["unpack"].set_defaults(kit=KIT, far=FAR)
     for name in ("plan", "train"):
         add[name].add_argument("runs", nargs="+", type=epochs_of, help=f"NAME=EPOCHS: {', '.join(RUNS)}")
+    add["plan"].add_argument("--probed", action="store_true", help="let the first call probe, some 3 minutes")
     add["estimate"].add_argument("--minutes", type=float, default=12.0, help="for each model (default 12)")
     add["probe"].add_argument("--dtypes", nargs="+", default=["float32"], help="default float32")
     add["train"].add_argument("--seconds", type=float, required=True, help="of this call")

@@ -61,7 +61,10 @@ def test_damage_and_mixed_packings_are_refused(packed, tmp_path):
 
 def test_the_machine_takes_every_call():
     fields = ["--config.model.dtype=bfloat16", "--config.augment.randaugment_layers=0"]
-    calls = script.calls(3, {"multiply": 60.0, "taught": 60.0}, fields)
+    calls = script.calls(3, {"multiply": 60.0, "taught": 60.0}, fields, probed=True)
+    # A lease is short: nothing is probed unasked.
+    unasked = script.calls(3, {"multiply": 60.0, "taught": 60.0}, fields)
+    assert unasked[0]["command"] == calls[0]["command"].partition(" && ")[0] and unasked[1:] == calls[1:]
     for call in calls:
         assert len(call["command"]) < 2000 and call["timeout_s"] <= 600
         words = call["command"].split()
