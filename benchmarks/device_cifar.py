@@ -14,8 +14,8 @@ trains one run after the other, each for its number of epochs, stops by SIGTERM 
     python3 -m benchmarks.device_cifar train --seconds 510 multiply=50 taught=50
 
 The runs are "multiply", the twin; "adder"; and "taught", the adder model that learns from the finished twin
-besides the labels. All start from random weights. The finished twin of the recipe is weights/cifar10_twin: with
-`taught=80 --config.distillation.teacher=weights/cifar10_twin` a lease is the adder model's alone.
+besides the labels. All start from random weights. The finished twin of the recipe is weights/cifar10_twin:
+with `taught=80 --config.distillation.teacher=weights/cifar10_twin` a lease is the adder model's alone.
 
 After each call $OUT holds, of every model that it trained, the evaluated weights of the newest checkpoint
 (float16, under 16 MiB) and the run's metrics.jsonl, summary.json and other small files. It does not hold
