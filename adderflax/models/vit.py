@@ -202,10 +202,11 @@ class VisionTransformer(nn.Module):
                 f"{', '.join(map(str, expected))}]. Resize the images, or set image_size and channels."
             )
         x = self._embedded(images_BxHxWxC.astype(config.compute_dtype), p)
-        B, _, D = x.shape
+        D = x.shape[2]
         if config.pooling == "token":
             token = self.param("class_token", nn.initializers.zeros_init(), (1, 1, D))
-            x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (B, 1, D)), x], axis=1)
+            # Added to zeros rather than broadcast: so it lies on the devices as the images do.
+            x = jnp.concatenate([token.astype(x.dtype) + jnp.zeros_like(x[:, :1]), x], axis=1)
         position = self.param("position_embedding", nn.initializers.normal(0.02), (1, x.shape[1], D))
         x = x + jnp.broadcast_to(position.astype(x.dtype), x.shape)
 
@@ -246,11 +247,9 @@ class VisionTransformer(nn.Module):
                 x = nn.gelu(layer(x, p))
             P = 1
         B, H, W, C = x.shape
-        x_BxNxP = (
-            x.reshape(B, H // P, P, W // P, P, C)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(B, (H // P) * (W // P), P * P * C)
-        )
+        # One axis at a time: on a mesh with Explicit axes a reshape can cut or join no more.
+        x = x.reshape(B, H // P, P, W, C).reshape(B, H // P, P, W // P, P, C).transpose(0, 1, 3, 2, 4, 5)
+        x_BxNxP = x.reshape(B, (H // P) * (W // P), P, P, C).reshape(B, (H // P) * (W // P), P * P * C)
         # This layer and the last carry a normalization only where they add: sums of differences need one.
         return dense(
             config,

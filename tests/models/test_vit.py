@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adderflax import VisionTransformer, VisionTransformerConfig, adder_attention, adder_matmul, layers
 from adderflax.models.vit import PRESET_FIELDS, PRESETS, VARIANTS
@@ -237,6 +238,27 @@ def test_patches_are_cut_row_by_row():
 
 
 COMPACT = dataclasses.replace(TINY, stem="conv", pooling="mean")
+
+
+@pytest.mark.parametrize("preset", ["adder", "multiply"])
+@pytest.mark.parametrize("fields", [{}, {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3}], ids=str)
+def test_explicit_meshes(preset, fields):
+    config = dataclasses.replace(TINY, implementation=None, **PRESETS[preset], **fields)
+    model = VisionTransformer(config)
+    params = init(model)
+
+    def gradient(params, x):
+        return jax.grad(lambda params: jnp.sum(jnp.square(model.apply(params, x))))(params)
+
+    expected = jax.jit(gradient)(params, images(config))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(images(config), NamedSharding(mesh, PartitionSpec("data")))
+        whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        found = jax.jit(gradient)(whole, rows)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for (path, wanted), leaf in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found)):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-5 * largest, err_msg=str(path))
 
 
 @pytest.mark.parametrize("arithmetic", ["adder", "multiply"])
