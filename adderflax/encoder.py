@@ -53,6 +53,10 @@ class EncoderConfig:
         "none" leaves it out.
       power_activation: whether `signed_power` with an exponent of its own follows the normalization of
         every adder linear layer, an adder classifier excepted. Multiplying layers never have it.
+      centered: whether every adder linear layer and convolution, of the embedding and an adder classifier too,
+        adds the distance of each template from the origin, ``sum_i |w_io|``, to its sums: zero inputs then give
+        zeros, and with grad_kernel="full" templates get the dense layer's gradient ``x^T g``. It is one constant
+        an output, which hardware stores beside the templates. Our choice; see results/gap_cifar10.md.
       use_bias: whether multiplying layers of the block have a bias. Adder layers have none.
       grad_inputs: gradient rule of adder layers towards their input (see `adderflax.adder_matmul`).
       grad_kernel: gradient rule of adder layers towards their templates.
@@ -81,6 +85,7 @@ class EncoderConfig:
     attention_scale: float | None = None
     normalization: str = "layer"
     power_activation: bool = False
+    centered: bool = False
     use_bias: bool = False
     grad_inputs: GradientRule = "hardtanh"
     grad_kernel: GradientRule = "full"
@@ -155,6 +160,7 @@ def dense(
         return MultiplyDense(use_bias=config.use_bias if use_bias is None else use_bias, **shared)
     return AdderDense(
         power_activation=config.power_activation if power_activation is None else power_activation,
+        centered=config.centered,
         grad_x=config.grad_inputs,
         grad_kernel=config.grad_kernel,
         implementation=config.implementation,
@@ -198,6 +204,7 @@ def convolution(
         return MultiplyConv(**shared)
     return AdderConv(
         power_activation=config.power_activation,
+        centered=config.centered,
         grad_x=config.grad_inputs,
         grad_kernel=config.grad_kernel,
         implementation=config.implementation,

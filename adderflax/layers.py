@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from adderflax.operators import adder_conv, adder_matmul
 from adderflax.operators._depthwise import depthwise_conv
+from adderflax.operators._origin import distance_from_origin
 
 Array = jax.Array
 Exponent = float | jax.Array  # of the distance; a Python 1.0 selects the kernels of the L1 distance
@@ -60,6 +61,7 @@ class AdderDense(nn.Module):
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
       power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.
+      centered: whether each output is shifted by ``sum_i |w_io|``, so that zero inputs give zero sums.
     """
 
     features: int
@@ -72,6 +74,7 @@ class AdderDense(nn.Module):
     grad_kernel: GradientRule = "full"
     implementation: str | None = None
     power_activation: bool = False
+    centered: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
@@ -87,7 +90,8 @@ class AdderDense(nn.Module):
         rows = inputs if inputs.ndim > 1 else inputs[None]
         rules = {"grad_x": self.grad_x, "grad_y": self.grad_kernel}
         sums = adder_matmul(rows, kernel, p=p, **rules, implementation=self.implementation)
-        return _normalized(self, sums if inputs.ndim > 1 else sums[0], inputs.dtype)
+        sums = _centered(self, sums if inputs.ndim > 1 else sums[0], kernel, p)
+        return _normalized(self, sums, inputs.dtype)
 
 
 class AdderConv(nn.Module):
@@ -100,7 +104,8 @@ class AdderConv(nn.Module):
       features: number of output features.
       kernel_size: height and width of the templates.
       strides: steps of the window in height and width.
-      padding: "SAME", "SAME_LOWER", "VALID" or ((top, bottom), (left, right)); zeros, which cost -|w|.
+      padding: "SAME", "SAME_LOWER", "VALID" or ((top, bottom), (left, right)); zeros, which cost -|w|, and
+        nothing where `centered`.
       dilation: distances between the positions of a template.
       feature_group_count: groups of channels; C makes it depthwise.
       normalization: "layer" normalizes the sums over the features, with scale and bias; "none" returns the
@@ -113,6 +118,7 @@ class AdderConv(nn.Module):
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
       power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.
+      centered: whether each output is shifted by ``sum_i |w_io|``, so that zero inputs give zero sums.
     """
 
     features: int
@@ -130,6 +136,7 @@ class AdderConv(nn.Module):
     grad_kernel: GradientRule = "full"
     implementation: str | None = None
     power_activation: bool = False
+    centered: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
@@ -151,7 +158,13 @@ class AdderConv(nn.Module):
             grad_kernel=self.grad_kernel,
             implementation=self.implementation,
         )
-        return _normalized(self, sums, inputs.dtype)
+        return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
+
+
+def _centered(layer: AdderDense | AdderConv, sums: Array, kernel: Array, p: Exponent) -> Array:
+    if not layer.centered:
+        return sums
+    return sums + jnp.broadcast_to(distance_from_origin(kernel, p, layer.grad_kernel), sums.shape)
 
 
 def _normalized(layer: AdderDense | AdderConv, sums: Array, dtype: Any) -> Array:

@@ -10,7 +10,8 @@ start, is the first seed of `final-multiply`: its 20 epochs come on top of the s
 no advantage unseen, `final-multiply-warm` lets the twin go on from the same weights for as many epochs,
 and `final-multiply-features` lets it learn from the same teacher. The rows with `neighbors` repeat this for
 the depthwise convolution in the MLP and the teaching of `configs/cifar10_adder_vit.py:taught`, the teacher
-being the first seed of `final-multiply-neighbors`.
+being the first seed of `final-multiply-neighbors`. The rows `full-...` repeat that once more with ten times
+as many updates: 10 epochs of all 50,000 images, their own twin as teacher.
 Run it with `--keep_checkpoints`: later rows read those of `final-multiply-seed0`.
 
 What this can show: which tools help a small model that is trained for a short time. One seed of a
@@ -34,6 +35,7 @@ SUBSET = {
     "model.depth": 4,
     "model.mlp_kernel_size": None,
     "model.mlp_convolution": None,
+    "model.centered": False,
     "model.drop_path_rate": 0.0,
     "batch_size": 64,
     "ema_decay": 0.0,
@@ -49,6 +51,7 @@ LR3, LR6 = {"optimizer.learning_rate": 3e-3}, {"optimizer.learning_rate": 6e-3}
 
 MEAN = {"model.pooling": "mean"}
 NEIGHBORS = MEAN | {"model.mlp_kernel_size": 3}
+CENTERED = {"model.centered": True}
 
 
 def lessons(study: str) -> dict[str, dict[str, Any]]:
@@ -106,6 +109,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "adder-lr3-warm-features": LR3 | WARM | FEATURES,
     "adder-lr3-mean": LR3 | MEAN,
     "adder-lr3-neighbors": LR3 | NEIGHBORS,
+    "adder-lr3-neighbors-centered": LR3 | NEIGHBORS | CENTERED,
+    "adder-lr3-centered": LR3 | CENTERED,
     "adder-lr3-anneal": LR3 | {"anneal_fraction": 0.2},
 }
 FINALS: dict[str, dict[str, Any]] = {
@@ -126,8 +131,22 @@ NEIGHBOR_FINALS: dict[str, dict[str, Any]] = {
     "adder-neighbors": LR3 | NEIGHBORS,
     "adder-neighbors-taught": TAUGHT,
     "adder-neighbors-multiply-taught": TAUGHT | {"model.mlp_convolution": "multiply"},
+    "adder-neighbors-multiply-centered": LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"},
+    "adder-neighbors-multiply-centered-taught": TAUGHT | CENTERED | {"model.mlp_convolution": "multiply"},
 }
 NEIGHBOR_CONTROLS: dict[str, dict[str, Any]] = {"multiply-neighbors-taught": TAUGHT}
+# The same recipe for ten times as many updates: 10 epochs of all 50,000 images, its own twin as teacher.
+ALL = {"data.train_examples": None, "epochs": 10.0}
+ALL_TEACHER = {"distillation.teacher": "runs/studies/gap_cifar10/full-multiply-neighbors-seed0"}
+MULTIPLY_TAUGHT = TAUGHT | ALL_TEACHER | {"model.mlp_convolution": "multiply"}
+FULL: dict[str, dict[str, Any]] = {
+    "multiply-neighbors": LR3 | NEIGHBORS,
+    "adder-neighbors-multiply-taught": MULTIPLY_TAUGHT,
+    "multiply-neighbors-taught": MULTIPLY_TAUGHT,
+    "adder-neighbors-multiply": LR3 | NEIGHBORS | {"model.mlp_convolution": "multiply"},
+    "adder-neighbors-multiply-centered-taught": MULTIPLY_TAUGHT | CENTERED,
+    "adder-neighbors-multiply-centered": LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"},
+}
 
 
 def rows(
@@ -158,6 +177,7 @@ def runs() -> list[Run]:
         + rows("final", config, CONTROLS, (0,), long)
         + rows("final", config, NEIGHBOR_FINALS, (0, 1, 2), long)
         + rows("final", config, NEIGHBOR_CONTROLS, (0,), long)
+        + rows("full", config, FULL, (0,), SUBSET | ALL)
         + rows("screen", config, TWINS | ALONE | TOGETHER, (0,), short)
     )
 
@@ -168,8 +188,9 @@ def comparisons() -> list[Comparison]:
     found += [Comparison(name, f"screen-{name}", "screen-adder-lr3") for name in TOGETHER]
     found += against_twins(FINALS)
     return found + [
-        Comparison(f"{name} against its twin", f"final-{name}", "final-multiply-neighbors")
-        for name in NEIGHBOR_FINALS
+        Comparison(f"{kind}-{name} against its twin", f"{kind}-{name}", f"{kind}-multiply-neighbors")
+        for kind, names in (("final", NEIGHBOR_FINALS), ("full", FULL))
+        for name in names
         if name.startswith("adder")
     ]
 

@@ -55,6 +55,11 @@ def _excess(magnitude: jax.Array, p: jax.Array) -> jax.Array:
     return jnp.exp((p - 1.0) * jnp.log(jnp.maximum(magnitude, smallest)))
 
 
+def magnitude_to(magnitude: jax.Array, p: jax.Array) -> jax.Array:
+    """magnitude^p, exactly the magnitude at p = 1."""
+    return magnitude * _excess(magnitude, p)
+
+
 def apply_power_rule(rule: Rule, difference: jax.Array, p: jax.Array) -> jax.Array:
     """The gradient rule at p: see `adderflax.adder_matmul`."""
     derivative = p * jnp.sign(difference) * _excess(jnp.abs(difference), p)
@@ -67,8 +72,7 @@ def forward(x: jax.Array, y: jax.Array, p: jax.Array) -> jax.Array:
     """-sum_k |x[..., m, k] - y[..., k, n]|^p."""
 
     def distance(difference):
-        magnitude = jnp.abs(difference)
-        return magnitude * _excess(magnitude, p)
+        return magnitude_to(jnp.abs(difference), p)
 
     if _xla.blockable(x, y):
         return _xla.blocked_forward(x, y, distance)
