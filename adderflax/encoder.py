@@ -53,10 +53,11 @@ class EncoderConfig:
         "none" leaves it out.
       power_activation: whether `signed_power` with an exponent of its own follows the normalization of
         every adder linear layer, an adder classifier excepted. Multiplying layers never have it.
-      centered: whether every adder linear layer and convolution, of the embedding and an adder classifier too,
-        adds the distance of each template from the origin, ``sum_i |w_io|``, to its sums: zero inputs then give
-        zeros, and with grad_kernel="full" templates get the dense layer's gradient ``x^T g``. It is one constant
-        an output, which hardware stores beside the templates. Our choice; see results/gap_cifar10.md.
+      centered: whether every adder linear layer and convolution, of embedding and adder classifier too, adds
+        the distance of each template from the origin, ``sum_i |w_io|``, to its sums. Zero inputs then give
+        zeros, and with grad_kernel="full" templates get the dense layer's gradient, ``x^T g``. It is one
+        constant an output, which hardware stores beside the templates. Our choice, for what
+        results/gap_cifar10.md shows.
       use_bias: whether multiplying layers of the block have a bias. Adder layers have none.
       grad_inputs: gradient rule of adder layers towards their input (see `adderflax.adder_matmul`).
       grad_kernel: gradient rule of adder layers towards their templates.

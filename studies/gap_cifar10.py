@@ -35,7 +35,7 @@ SUBSET = {
     "model.depth": 4,
     "model.mlp_kernel_size": None,
     "model.mlp_convolution": None,
-    "model.centered": False,
+    "model.centered": None,
     "model.drop_path_rate": 0.0,
     "batch_size": 64,
     "ema_decay": 0.0,
