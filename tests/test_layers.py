@@ -168,6 +168,35 @@ def test_power_activation_follows_the_normalization(layer):
     np.testing.assert_allclose(out, np.sign(y) * np.abs(y) ** 1.7, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [AdderDense(6), AdderConv(6, (3, 3))], ids=["dense", "convolution"])
+@pytest.mark.parametrize("p", [1.0, 1.5])
+def test_centered_sums_are_zero_for_zero_inputs(layer, p):
+    x = tokens((2, 3, 3, 8))
+    raw = layer.clone(normalization="none")
+    variables = raw.init(jax.random.key(0), x)
+    sums, centered = (np.asarray(each.apply(variables, x, p)) for each in (raw, raw.clone(centered=True)))
+    kernel = np.asarray(variables["params"]["adder_kernel"], np.float64).reshape(-1, 6)
+    np.testing.assert_allclose(centered, sums + (np.abs(kernel) ** p).sum(0), rtol=1e-5, atol=1e-4)
+    zeros = raw.clone(centered=True).apply(variables, jnp.zeros_like(x), p)
+    np.testing.assert_allclose(zeros, 0.0, atol=1e-4)
+    # The normalization follows.
+    normalized = layer.clone(centered=True)
+    params = jax.jit(normalized.init)(jax.random.key(0), x)
+    np.testing.assert_allclose(normalized.apply(params, x, p), layer_norm(centered), atol=1e-4)
+
+
+def test_centered_templates_keep_their_gradient_rule():
+    x, kernel = jnp.zeros((1, 1)), jnp.array([[0.25]])
+
+    def slope(**fields):
+        layer = AdderDense(1, normalization="none", **fields)
+        apply = lambda kernel: layer.apply({"params": {"adder_kernel": kernel}}, x).sum()  # noqa: E731
+        return jax.grad(apply)(kernel).item()
+
+    assert slope(grad_kernel="sign") == -1.0
+    assert slope(grad_kernel="sign", centered=True) == 0.0
+
+
 @pytest.mark.parametrize("alpha", [1e-6, 0.3, 1.0, 4.0])
 def test_power_activation_has_bounded_slopes(alpha):
     y, power = jnp.array([-2.0, -1e-3, -1e-9, -0.0, 0.0, 1e-40, 0.5]), jnp.log(alpha)

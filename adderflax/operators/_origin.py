@@ -52,7 +52,7 @@ def _backward(rule, residuals, g):
     kernel, exponent = residuals
     difference = kernel.astype(jnp.float32)
     slope = apply_power_rule(rule, difference, *exponent) if exponent else apply_rule(rule, difference)
-    return (slope * g).astype(kernel.dtype), None
+    return (slope * jnp.broadcast_to(g, slope.shape)).astype(kernel.dtype), None
 
 
 _distance.defvjp(_forward, _backward)

@@ -146,10 +146,11 @@ EVERYTHING_ADDS = {"patch_embedding": "adder", "head": "adder", "aggregation": "
         PRESETS["vit"],
         {"remat": True, "power_activation": True},
         {"dtype": "bfloat16"},
+        {"centered": True, "stem": "conv", "pooling": "mean", "mlp_kernel_size": 3, "dtype": "bfloat16"},
         {"stem": "conv", "pooling": "mean"},
         {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3} | EVERYTHING_ADDS,
     ],
-    ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16", "stem", "adder-stem"],
+    ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16", "centered", "stem", "adder-stem"],
 )
 @jax.numpy_dtype_promotion("standard")  # flax's LayerNorm itself promotes bfloat16 to float32
 def test_forward_and_gradients_are_finite_and_reach_every_parameter(fields):
@@ -215,6 +216,21 @@ def test_power_activation_is_in_every_adder_layer_but_the_head():
     assert powers(**PRESETS["multiply"]) == set()
 
 
+def test_centered_reaches_every_adder_layer(monkeypatch):
+    config = dataclasses.replace(TINY, depth=1, pooling="mean", mlp_kernel_size=3, **EVERYTHING_ADDS)
+    seen = []
+
+    def record(kernel, p, rule):
+        seen.append((kernel.shape, rule))
+        return jnp.zeros(kernel.shape[-1])
+
+    monkeypatch.setattr(layers, "distance_from_origin", record)
+    for centered, expected in ((False, 0), (True, 6 + 1 + 2)):  # linear, convolution, embedding and head
+        model = VisionTransformer(dataclasses.replace(config, centered=centered, grad_kernel="sign"))
+        jax.eval_shape(model.init, jax.random.key(0), images(TINY))
+        assert len(seen) == expected and all(rule == "sign" for _, rule in seen)
+
+
 def test_patches_are_cut_row_by_row():
     config = dataclasses.replace(TINY, embed_dim=16, num_heads=2, depth=1)
     model = VisionTransformer(config)
@@ -241,7 +257,9 @@ COMPACT = dataclasses.replace(TINY, stem="conv", pooling="mean")
 
 
 @pytest.mark.parametrize("preset", ["adder", "multiply"])
-@pytest.mark.parametrize("fields", [{}, {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3}, {"centered": True}], ids=str
+)
 def test_explicit_meshes(preset, fields):
     config = dataclasses.replace(TINY, implementation=None, **PRESETS[preset], **fields)
     model = VisionTransformer(config)
