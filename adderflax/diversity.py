@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=30, help="how many images (default 30)")
     parser.add_argument("--part", choices=("test", "validation", "train"), default="test")
     parser.add_argument("--best", action="store_true", help="the best checkpoint, not the newest")
+    parser.add_argument("--data_dir", metavar="DIR", help="where prepared data sets are on this machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", metavar="DIR", help="write figures, singular values and pictures there")
     arguments = parser.parse_args(argv)
@@ -42,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened to read is read-only
     try:
         found, images = measure_workdir(
-            arguments.workdir, images=arguments.images, part=arguments.part, best=arguments.best
+            arguments.workdir,
+            images=arguments.images,
+            part=arguments.part,
+            best=arguments.best,
+            data_dir=arguments.data_dir,
         )
         if found is None:
             raise ValueError(f"The model in {arguments.workdir} has no attention maps to measure.")

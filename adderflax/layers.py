@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.operators import adder_conv, adder_matmul
+from adderflax.operators import GradientRule, adder_conv, adder_matmul
 from adderflax.operators._depthwise import depthwise_conv
 from adderflax.operators._origin import distance_from_origin
+from adderflax.operators.rules import canonical_rule
 
 Array = jax.Array
 Exponent = float | jax.Array  # of the distance; a Python 1.0 selects the kernels of the L1 distance
-GradientRule = str | tuple[str, float]
 
 ARITHMETICS = ("adder", "multiply")
 NORMALIZATIONS = ("layer", "none")
@@ -83,7 +83,8 @@ class AdderDense(nn.Module):
         With `p` the sums are of ``|x - w|^p``, for training that anneals p from 2 to 1 (Chen et al.,
         Universal Adder Neural Networks, 2021). Their scale grows with p; the normalization takes it out.
         """
-        require_normalization(self.normalization, self.power_activation)
+        _require_layer(self)
+        canonical_rule(self.grad_kernel, "grad_kernel")  # the operator calls it grad_y
         shape = (inputs.shape[-1], self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
@@ -141,7 +142,7 @@ class AdderConv(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
         """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
-        require_normalization(self.normalization, self.power_activation)
+        _require_layer(self)
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
@@ -159,6 +160,12 @@ class AdderConv(nn.Module):
             implementation=self.implementation,
         )
         return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
+
+
+def _require_layer(layer: AdderDense | AdderConv) -> None:
+    require_normalization(layer.normalization, layer.power_activation)
+    if not isinstance(layer.features, int) or layer.features < 1:
+        raise ValueError(f"features={layer.features!r} must be a whole number, 1 or more, of outputs.")
 
 
 def _centered(layer: AdderDense | AdderConv, sums: Array, kernel: Array, p: Exponent) -> Array:

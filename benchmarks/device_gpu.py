@@ -347,6 +347,12 @@ def main(arguments):
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+    query = [sys.executable, "-c", "import jax; jax.devices('cuda')"]
+    if subprocess.run(query, capture_output=True).returncode:
+        sys.exit(
+            "error: JAX finds no NVIDIA GPU here, and these kernels run on nothing else. On a machine that"
+            " has one, install jax[cuda13] as the first line of requirements.txt says."
+        )
     results = {"machine": machine(), "sections": {}, "records": []}
     print(results["machine"], flush=True)
     path = Path(os.environ.get("OUT") or ".") / "device_results.json"

@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,3 +102,13 @@ def test_templates_that_follow_the_moments_agree_better():
     relative = kernel / jnp.sqrt(jnp.mean(jnp.square(kernel), axis=0, keepdims=True))
     ours = templates.agreement(x, templates.dense_templates(kernel, x), kernel)
     assert ours > 0.8 and ours > templates.agreement(x, relative, kernel) + 0.05
+
+
+def test_the_gpu_benchmark_says_that_there_is_none(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "device_gpu.py"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    child = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert child.returncode == 1 and "JAX finds no NVIDIA GPU here" in child.stderr
+    assert not list(tmp_path.iterdir())

@@ -168,6 +168,28 @@ def test_power_activation_follows_the_normalization(layer):
     np.testing.assert_allclose(out, np.sign(y) * np.abs(y) ** 1.7, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [AdderDense, lambda n: AdderConv(n, (1, 1))], ids=["dense", "convolution"])
+@pytest.mark.parametrize("features", [0, -3, 2.5])
+def test_features_are_at_least_one(layer, features):
+    with pytest.raises(ValueError, match=f"features={features} must be a whole number"):
+        layer(features).init(jax.random.key(0), tokens((2, 3, 3, 8)))
+
+
+def test_a_wrong_rule_is_told_by_the_layers_name_for_it():
+    with pytest.raises(ValueError, match="grad_kernel: unknown gradient rule 'fulll'.*'?hardtanh:4"):
+        AdderDense(3, grad_kernel="fulll").init(jax.random.key(0), tokens())
+    with pytest.raises(ValueError, match="grad_kernel: the slope"):
+        AdderDense(3, grad_kernel="hardtanh:steep").init(jax.random.key(0), tokens())
+    x = tokens()
+    variables = AdderDense(3).init(jax.random.key(0), x)
+    gradients = [
+        jax.grad(lambda x, rule=rule: AdderDense(3, grad_x=rule).apply(variables, x)[..., 0].sum())(x)
+        for rule in ("hardtanh:4", ("hardtanh", 4.0), "hardtanh")
+    ]
+    np.testing.assert_array_equal(*gradients[:2])
+    assert not np.array_equal(*gradients[1:])
+
+
 @pytest.mark.parametrize("layer", [AdderDense(6), AdderConv(6, (3, 3))], ids=["dense", "convolution"])
 @pytest.mark.parametrize("p", [1.0, 1.5])
 def test_centered_sums_are_zero_for_zero_inputs(layer, p):

@@ -95,4 +95,4 @@ def inference_ledger(model: ModelConfig) -> Ledger:
     # The key, too, is a shape only: no device is needed to count.
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(module.init, key, image)
-    return count_operations(module.apply, variables, image)
+    return count_operations(module.apply, variables, image, constant_argnums=(0,))

@@ -257,7 +257,12 @@ def _sown(intermediates: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure_workdir(
-    workdir: str | Path, *, images: int = 30, part: str = "test", best: bool = False
+    workdir: str | Path,
+    *,
+    images: int = 30,
+    part: str = "test",
+    best: bool = False,
+    data_dir: str | None = None,
 ) -> tuple[Diversity | None, np.ndarray]:
     """Measures a trained run on images of its own data set.
 
@@ -266,6 +271,7 @@ def measure_workdir(
       images: how many, drawn once and for all runs alike.
       part: "test", "validation" or "train", without augmentation.
       best: take the checkpoint with the best validation accuracy instead of the newest.
+      data_dir: where prepared data sets are on this machine; None looks where the run's configuration says.
 
     Returns:
       What `measure` found, and the images, uint8 [N, H, W, C].
@@ -276,7 +282,10 @@ def measure_workdir(
       adderflax.data.DatasetNotReadyError: the data set is not there.
     """
     model, variables, info = load_model(workdir, best=best)
-    source = load_dataset(RunConfig.parse(read_config(workdir)).data).part(part)
+    data = RunConfig.parse(read_config(workdir)).data
+    if data_dir is not None:
+        data = dataclasses.replace(data, data_dir=data_dir)
+    source = load_dataset(data).part(part)
     if not 1 <= images <= len(source):
         raise ValueError(
             f"{images} images cannot be drawn from the {part} part of {info.name}, which has"

@@ -93,7 +93,11 @@ class Report:
         return found[0], found[1]
 
     def as_json(self, convention: str) -> dict[str, Any]:
-        """Energies of one image in millijoules, as plain values."""
+        """Energies of one image in millijoules and counts of its operations, as plain values.
+
+        Counts are in whole operations, of the whole model and of its products and adder operators by layer;
+        they do not depend on the convention.
+        """
         model, twin = self.total(convention)
         parts = []
         for part in self.parts:
@@ -115,7 +119,25 @@ class Report:
             "twin_total": twin.total,
             "ratio": _ratio(model.total, twin.total),
             "parts": parts,
+            "counts": {"model": _counts(self.model), "twin": _counts(self.twin)},
         }
+
+
+def _counts(ledger: Ledger) -> dict[str, Any]:
+    layers = ledger.group(lambda entry: entry.path if entry.kind in (PRODUCT, ADDER) else "")
+    terms = {
+        path: {"multiply_accumulates": part.macs, "adder_terms": part.adder_elements}
+        for path, part in layers.items()
+        if path
+    }
+    return {
+        "multiply_accumulates": ledger.macs,
+        "adder_terms": ledger.adder_elements,
+        "operations": ledger.operations,
+        "bytes_read": ledger.bytes_read,
+        "bytes_written": ledger.bytes_written,
+        "layers": terms,
+    }
 
 
 def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Report:

@@ -15,6 +15,8 @@ traced, without the parts of it whose results nobody uses:
 * `shard_map` counts the work of all its devices;
 * adder operators count by their definition, two additions (x - w, and the sum) and one absolute
   value for each |x - w|, whichever implementation would run: see `adders.py`;
+* what is computed from constant arguments alone, such as a sum over trained templates, is computed once
+  and stored, not for every image, and does not count (`constant_argnums`);
 * a primitive that `primitives.py` does not know is listed in `Ledger.unknown`, never taken for
   free.
 
@@ -25,6 +27,7 @@ no cache, so for large matrix products it may count too little.
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -150,14 +153,18 @@ class Ledger:
         return self.group(lambda entry: "/".join(entry.path.split("/")[:depth]))
 
 
-def count_operations(function: Callable, *args: Any, **kwargs: Any) -> Ledger:
+def count_operations(
+    function: Callable, *args: Any, constant_argnums: tuple[int, ...] = (), **kwargs: Any
+) -> Ledger:
     """Counts the operations of a function, which is traced and not run.
 
     Args:
         function: any function that `jax.make_jaxpr` can trace.
         *args: its arguments, arrays or `jax.ShapeDtypeStruct`s in any nesting. Values that the
             function needs in Python, such as flags, belong into a closure instead.
-        **kwargs: likewise.
+        constant_argnums: which of `args` never change, as trained weights: operations on these alone
+            do not count.
+        **kwargs: likewise arguments of the function.
 
     Returns:
         The ledger.
@@ -165,13 +172,21 @@ def count_operations(function: Callable, *args: Any, **kwargs: Any) -> Ledger:
     Raises:
         ValueError: the program has arrays of symbolic shape.
     """
-    return count_jaxpr(jax.make_jaxpr(function)(*args, **kwargs))
+    leaves = (
+        (index in constant_argnums,) * len(jax.tree.leaves(argument)) for index, argument in enumerate(args)
+    )
+    return count_jaxpr(jax.make_jaxpr(function)(*args, **kwargs), tuple(itertools.chain(*leaves)))
 
 
-def count_jaxpr(jaxpr: Any) -> Ledger:
-    """Counts the operations of a jaxpr, such as `jax.make_jaxpr` returns."""
+def count_jaxpr(jaxpr: Any, constant: tuple[bool, ...] = ()) -> Ledger:
+    """Counts the operations of a jaxpr, such as `jax.make_jaxpr` returns.
+
+    Args:
+        jaxpr: the program.
+        constant: for each of its arguments whether it never changes; missing ones may.
+    """
     walk = _Walk()
-    walk.jaxpr(jaxpr, _Frame())
+    walk.jaxpr(jaxpr, _Frame(constant=constant))
     return Ledger(tuple(walk.entries), tuple(walk.unknown), tuple(walk.open_loops))
 
 
@@ -184,6 +199,7 @@ class _Frame(NamedTuple):
         axis_sizes: named axes of the surrounding shard_maps.
         known: values of the jaxpr's arguments, None where they are not known.
         live: whether each result is used; None means all are.
+        constant: whether each argument never changes; missing ones may.
     """
 
     path: str = ""
@@ -191,6 +207,7 @@ class _Frame(NamedTuple):
     axis_sizes: Mapping[str, int] = {}
     known: tuple[int | None, ...] = ()
     live: tuple[bool, ...] | None = None
+    constant: tuple[bool, ...] = ()
 
 
 class _Walk:
@@ -205,24 +222,33 @@ class _Walk:
         known = loops.known_arguments(jaxpr, frame.known)
         jaxpr = loops.opened(jaxpr)
         stored: dict[Any, int] = {}
+        constant = {variable for variable, never in zip(jaxpr.invars, frame.constant) if never}
         for eqn, live in _live_equations(jaxpr, frame.live):
             path = join(frame.path, scopes(eqn.source_info.name_stack))
-            inner = frame._replace(path=path, known=(), live=None)
+            inner = frame._replace(path=path, known=(), live=None, constant=())
             name = eqn.primitive.name
+            operands = [variable for variable in eqn.invars if not is_literal(variable)]
+            never_changes = bool(operands) and not eqn.effects and constant.issuperset(operands)
+            if never_changes:
+                constant.update(eqn.outvars)
             if name in VIEWS:
                 self._view(eqn, stored)
+            elif never_changes:
+                continue
             elif cost := adders.recognize(eqn):
                 self._add(eqn, adders.name_of(eqn), cost, inner, stored)
             elif name in _CALLS and (body := _body(eqn)) is not None:
                 values = tuple(loops.value(operand, known) for operand in eqn.invars)
-                self.jaxpr(body, _in_call(eqn, inner)._replace(known=values, live=live))
+                inside = _in_call(eqn, inner)._replace(known=values, live=live)
+                self.jaxpr(body, inside._replace(constant=_constant(eqn.invars, constant)))
             elif name == "scan":
                 turns = inner.calls * int(eqn.params["length"])
                 self.jaxpr(eqn.params["jaxpr"], inner._replace(calls=turns))
             elif name == "while":
                 self._while(eqn, inner, known)
             elif name == "cond":
-                self._cond(eqn, inner, known, live)
+                inside = inner._replace(constant=_constant(eqn.invars[1:], constant))
+                self._cond(eqn, inside, known, live)
             elif (cost := arithmetic(eqn, frame.axis_sizes)) is not None:
                 self._add(eqn, name, cost, inner, stored)
             else:
@@ -293,6 +319,10 @@ def _live_equations(jaxpr: Any, live: tuple[bool, ...] | None) -> list[tuple[Any
             kept.append((eqn, used))
             wanted.update(variable for variable in eqn.invars if not is_literal(variable))
     return kept[::-1]
+
+
+def _constant(operands: Iterable[Any], constant: set) -> tuple[bool, ...]:
+    return tuple(not is_literal(variable) and variable in constant for variable in operands)
 
 
 def _body(eqn: Any) -> Any:

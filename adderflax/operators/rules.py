@@ -5,7 +5,7 @@ Adder networks therefore replace it by a function of the difference d:
 
 * "full": d, the gradient of the squared distance (half of it), AdderNet's rule for weights;
 * "hardtanh": clip(d, -1, 1), AdderNet's rule for inputs;
-* ("hardtanh", slope): clip(slope * d, -1, 1);
+* ("hardtanh", slope), or "hardtanh:SLOPE": clip(slope * d, -1, 1);
 * "sign": sign(d), the true derivative.
 """
 
@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-GradientRule = Literal["full", "hardtanh", "sign"] | tuple[Literal["hardtanh"], float]
+GradientRule = str | tuple[Literal["hardtanh"], float]
 
-ALLOWED_RULES = '"full", "hardtanh", ("hardtanh", slope) and "sign"'
+ALLOWED_RULES = '"full", "hardtanh", "sign", and with a slope ("hardtanh", 4.0) or "hardtanh:4"'
 _SLOPES = (1e-30, 1e30)  # both a slope and its inverse are normal float32 numbers
 
 
@@ -36,7 +36,7 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
     """Checks a rule as users write it and returns its canonical form.
 
     Args:
-        rule: "full", "hardtanh", ("hardtanh", slope) or "sign".
+        rule: "full", "hardtanh", "sign", ("hardtanh", slope) or "hardtanh:SLOPE".
         argument: name of the argument that carried it, for the error message.
 
     Raises:
@@ -44,18 +44,29 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
     """
     if isinstance(rule, Rule):
         rule = rule.kind if rule.slope == 1.0 else (rule.kind, rule.slope)
-    if isinstance(rule, str) and rule in ("full", "hardtanh", "sign"):
-        return Rule(rule)
+    if isinstance(rule, str):
+        if rule in ("full", "hardtanh", "sign"):
+            return Rule(rule)
+        kind, colon, slope = rule.partition(":")
+        if kind == "hardtanh" and colon:
+            rule = (kind, _number(slope))
     if isinstance(rule, (tuple, list)) and len(rule) == 2 and rule[0] == "hardtanh":
         slope = rule[1]
         if isinstance(slope, (int, float)) and not isinstance(slope, bool):
             if _SLOPES[0] <= slope <= _SLOPES[1]:
                 return Rule("hardtanh", float(slope))
         raise ValueError(
-            f'{argument}: the slope of ("hardtanh", slope) must be a Python number from '
+            f'{argument}: the slope of ("hardtanh", slope) must be a number from '
             f"{_SLOPES[0]:g} to {_SLOPES[1]:g}, got {slope!r}."
         )
     raise ValueError(f"{argument}: unknown gradient rule {rule!r}; allowed are {ALLOWED_RULES}.")
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def apply_rule(rule: Rule, difference: jax.Array) -> jax.Array:

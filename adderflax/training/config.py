@@ -234,23 +234,7 @@ def _model_fields(section: dict[str, Any]) -> dict[str, Any]:
     for name in ("variant", "arithmetic"):
         if name not in section:
             raise ConfigError(f"model.{name} is not set; see `adderflax.VisionTransformerConfig`.")
-    for name in [name for name in section if name.startswith("grad_")]:
-        section[name] = _gradient_rule(name, section[name])
     return section
-
-
-def _gradient_rule(name: str, text: str) -> str | tuple[str, float]:
-    """Reads "hardtanh:4" as ("hardtanh", 4.0): a ConfigDict field has one type."""
-    rule, colon, slope = text.partition(":")
-    if not colon:
-        return rule
-    try:
-        return rule, float(slope)
-    except ValueError:
-        raise ConfigError(
-            f"model.{name}={text!r} is not a gradient rule: after the colon stands the slope, a number, as"
-            " in 'hardtanh:4'."
-        ) from None
 
 
 def _known(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:

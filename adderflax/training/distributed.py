@@ -40,7 +40,7 @@ def initialize(
     """
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    except (ValueError, RuntimeError) as error:
+    except (IndexError, ValueError, RuntimeError) as error:  # an address without a port: IndexError
         raise DistributedError(
             f"This process cannot join the others of a distributed run: {str(error).splitlines()[0]} On Cloud"
             " TPU, Slurm and Open MPI --distributed suffices; elsewhere start the same command in every"

@@ -86,8 +86,10 @@ def write_weights(workdir: str | Path, file: str | Path, *, best: bool = False) 
       best: as for `load_model`.
 
     Raises:
-      ValueError: a parameter is too large for float16.
+      ValueError: the file's name does not end in .npz, or a parameter is too large for float16.
     """
+    if Path(file).suffix != ".npz":
+        raise ValueError(f"{file} must end in .npz, as weights.npz, the name that a workdir's file has.")
     _, variables, _ = load_model(workdir, best=best)
     flat = traverse_util.flatten_dict(variables, sep="/")
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}

@@ -227,6 +227,15 @@ def test_the_command(workdir, tmp_path, capsys):
     assert len(re.findall(r"^ +0 +(0|1|mean) ", text, flags=re.MULTILINE)) == 3
 
 
+def test_the_data_may_lie_elsewhere(workdir, monkeypatch, capsys):
+    asked = []
+    load = diversity.load_dataset
+    monkeypatch.setattr(diversity, "load_dataset", lambda config: asked.append(config) or load(config))
+    command.main([str(workdir), "--images=1", "--data_dir=/elsewhere"])
+    command.main([str(workdir), "--images=1"])
+    assert [config.data_dir for config in asked] == ["/elsewhere", None]
+
+
 def test_the_images_are_drawn_once_and_for_all(workdir):
     _, few = diversity.measure_workdir(workdir, images=2)
     _, more = diversity.measure_workdir(workdir, images=4)

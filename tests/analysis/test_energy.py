@@ -58,7 +58,7 @@ def test_published_totals(size, capsys):
     config = ["--config", ROOT / f"configs/imagenet_adder_deit_{size}.py", "--json"]
     for arguments, total in (([], default), (["--config.model.similarity=dot"], linear)):
         found = json.loads(run(capsys, *config, *arguments, "--convention", "paper"))
-        assert list(found) == ["convention", "unit", "total", "twin_total", "ratio", "parts"]
+        assert list(found) == ["convention", "unit", "total", "twin_total", "ratio", "parts", "counts"]
         assert (found["convention"], found["unit"]) == ("paper", "mJ")
         assert found["total"] == pytest.approx(total, rel=0.01)
         assert found["twin_total"] == pytest.approx(twin, rel=0.01)
@@ -119,12 +119,32 @@ def test_the_convolution_of_the_mlp():
         assert (twin.adder_elements, twin.macs) == (0, terms)
 
 
+def test_what_centers_templates_is_a_constant():
+    plain, centered = (inference_ledger(digits_model(centered=value)) for value in (False, True))
+    assert centered.adder_elements == plain.adder_elements and centered.macs == plain.macs
+    tokens, width, depth = 17, 64, 4
+    outputs = tokens * width * depth * (3 + 1 + 4 + 1)
+    found = {name: centered.operations[name] - count for name, count in plain.operations.items()}
+    assert {name: more for name, more in found.items() if more} == {"add": outputs}
+
+
 def test_parts_add_up_to_the_total():
     model = digits_model()
     ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
     report = compare(*ledgers, TABLES["fp32"], "sram_1mb")
     for convention in ("paper", "full"):
         found = report.as_json(convention)
+        counts = found["counts"]["model"]
+        layers = counts["layers"]
+        assert counts["adder_terms"] == sum(layer["adder_terms"] for layer in layers.values()) > 0
+        assert (
+            counts["multiply_accumulates"]
+            == ledgers[0].macs
+            < found["counts"]["twin"]["multiply_accumulates"]
+        )
+        tokens, width = 17, 64
+        fc1 = "VisionTransformer/block_0/mlp/fc1"
+        assert layers[fc1] == {"multiply_accumulates": 0, "adder_terms": tokens * width * 4 * width}
         for key in ("total", "twin_total"):
             assert sum(p[key] for p in found["parts"]) == pytest.approx(found[key], rel=1e-9)
     paper, full = (report.total(c)[0] for c in ("paper", "full"))

@@ -394,3 +394,25 @@ def test_a_function_that_only_shares_the_name_is_counted_as_it_is():
         return x * y * z
 
     assert count_operations(adder_matmul, *[array(4, 4)] * 3).operations == {"multiply": 32}
+
+
+def test_what_is_computed_from_constants_alone_does_not_count():
+    def function(weights, x):
+        scale = jnp.sum(jnp.abs(weights["w"]), axis=0)  # once and for all
+        shifted = jax.jit(lambda w, x, s: x @ (2.0 * w) + jnp.broadcast_to(s, (3, 5)))(weights["w"], x, scale)
+        return shifted * jnp.tanh(weights["b"])[None]
+
+    weights = {"b": jnp.ones(5), "w": jnp.ones((4, 5))}
+    everything = count_operations(function, weights, jnp.ones((3, 4)))
+    ledger = count_operations(function, weights, jnp.ones((3, 4)), constant_argnums=(0,))
+    assert everything.operations["tanh"] == 5 and everything.operations["absolute"] == 20
+    assert ledger.operations == {"multiply": 60 + 15, "add": 60 + 15}
+    assert ledger.macs == everything.macs == 60
+
+
+def test_a_branch_knows_its_constants():
+    def function(w, x):
+        return jax.lax.cond(x[0] > 0, lambda w, x: x * jnp.tanh(w), lambda w, x: x, w, x)
+
+    ledger = count_operations(function, jnp.ones(6), jnp.ones(6), constant_argnums=(0,))
+    assert "tanh" not in ledger.operations and ledger.operations["multiply"] == 6

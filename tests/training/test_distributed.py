@@ -208,3 +208,8 @@ def test_the_first_process_goes_first_and_its_failure_is_everybodys(monkeypatch,
 
     with pytest.raises(OSError if index == 0 else DistributedError, match="no such data|first process"):
         distributed.first_process_first(fail, "test")
+
+
+def test_an_address_without_a_port():
+    with pytest.raises(DistributedError, match="--coordinator_address=HOST:PORT"):
+        distributed.initialize("somewhere", 1, 0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from adderflax.operators.rules import canonical_rule
 from adderflax.training import sharding, trainer
 from adderflax.training.config import ConfigError, default_config
 from adderflax.training.metrics import read_metrics
@@ -79,6 +80,8 @@ def test_a_file_of_weights_stands_for_the_checkpoints(finished, tmp_path):
     workdir, summary = finished
     for name in ("config.json", "dataset.json"):
         shutil.copy(workdir / name, tmp_path)
+    with pytest.raises(ValueError, match=r"weights.txt must end in \.npz"):
+        write_weights(workdir, tmp_path / "weights.txt")
     write_weights(workdir, tmp_path / "weights.npz")
     (_, variables, info), (model, small, small_info) = load_model(workdir), load_model(tmp_path)
     assert model.config.depth == 1 and small_info == info
@@ -359,7 +362,7 @@ def test_the_average_is_evaluated(finished):
         ({"model.grad_inputs": "hardtahn"}, "grad_inputs.*hardtahn"),
         ({"model.implementation": "fast"}, "implementation='fast' is not known"),
         ({"model.mlp_dim": -5}, "mlp_dim=-5 must be at least 1"),
-        ({"model.grad_inputs": "hardtanh:x"}, "grad_inputs='hardtanh:x' is not a gradient rule"),
+        ({"model.grad_inputs": "hardtanh:x"}, "grad_inputs: the slope .* got 'x'"),
     ],
 )
 def test_bad_configurations(fields, message):
@@ -382,4 +385,4 @@ def test_unwritable_workdir(tmp_path):
 def test_gradient_rules_reach_the_model():
     fields = {"model.grad_inputs": "hardtanh:4", "model.grad_query": "sign"}
     config = Trainer(small_config(**fields)).model.config
-    assert config.grad_inputs == ("hardtanh", 4.0) and config.grad_query == "sign"
+    assert canonical_rule(config.grad_inputs, "") == ("hardtanh", 4.0) and config.grad_query == "sign"
