@@ -10,8 +10,8 @@ Data: downloaded and prepared on first use, or ``--config.data.data_dir=DIR``.
 Hardware: one accelerator; on a CPU use a short override such as ``--config.total_steps=100``.
 Accuracy and time: measured on an H200 with one seed, results/cifar10.md. The twin: 90.7 % of the test images
 (weights/cifar10_twin). ``:taught`` and the adder model alone have not yet been trained to their end. An epoch
-should take the adder model 4.3 s there and the twin 1.8 s, by `python -m benchmarks.device_cifar estimate`.
-Without the convolution in the MLP ``:taught`` took 4.8 s. Small models on a subset: results/gap_cifar10.md.
+should take the adder model 4.4 s there and the twin 1.8 s, by `python -m benchmarks.device_cifar estimate`.
+Without the convolution in the MLP ``:taught`` took 4.8 s. A small model on a CPU: results/gap_cifar10.md.
 """
 
 from ml_collections import ConfigDict

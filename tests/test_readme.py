@@ -65,6 +65,7 @@ def test_commands_name_files_and_flags_that_exist():
         for flag in (word for word in words if word.startswith("--") and not word.startswith("--config.")):
             assert flag[2:].partition("=")[0] in flags | {
                 "data_dir",
+                "table",
                 "keep_checkpoints",
                 "convention",
                 "json",

@@ -122,6 +122,18 @@ def test_accuracies_of_the_gap_studies_in_the_readme():
         assert f"| {label} | {100 * gap_accuracy('cifar10', f'final-{name}'):.1f} |" in readme
     alone = gap_accuracy("cifar10", "final-multiply-neighbors-taught", (0,))
     assert f"| `multiply`, taught likewise (one seed) | {100 * alone:.1f} |" in readme
+    rows = {
+        "multiply-neighbors": "`multiply`",
+        "adder-neighbors-multiply-centered": "`adder`, centered",
+        "adder-neighbors-multiply-taught": "`adder`, taught",
+        "adder-neighbors-multiply-centered-taught": "`adder`, centered, taught",
+        "multiply-neighbors-taught": "`multiply`, taught",
+    }
+    for name, label in rows.items():
+        cells = [f"{100 * gap_accuracy('cifar10', f'{kind}-{name}', (0,)):.1f}" for kind in ("final", "full")]
+        assert f"| {label} | {cells[0]} | {cells[1]} |" in readme
+    plain = 100 * gap_accuracy("cifar10", "full-adder-neighbors-multiply", (0,))
+    assert f"| `adder` | | {plain:.1f} |" in readme
     both = gap_accuracy("digits", "final-multiply-warm-features")
     assert f"| `multiply`, both | {100 * both:.1f} | |" in readme
     # The digits' adder model alone stands in the table of the first command.
