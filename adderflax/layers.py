@@ -5,6 +5,7 @@ An adder layer is ``Y = -sum_i |X_i - W_i|`` followed by a LayerNorm: the sums a
 and runs on the float32 sums before anything is rounded to the layer's ``dtype``.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,7 +165,8 @@ class AdderConv(nn.Module):
 
 def _require_layer(layer: AdderDense | AdderConv) -> None:
     require_normalization(layer.normalization, layer.power_activation)
-    if not isinstance(layer.features, int) or layer.features < 1:
+    whole = isinstance(layer.features, numbers.Integral) and not isinstance(layer.features, bool)
+    if not whole or layer.features < 1:
         raise ValueError(f"features={layer.features!r} must be a whole number, 1 or more, of outputs.")
 
 

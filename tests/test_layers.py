@@ -168,8 +168,25 @@ def test_power_activation_follows_the_normalization(layer):
     np.testing.assert_allclose(out, np.sign(y) * np.abs(y) ** 1.7, rtol=1e-5, atol=1e-5)
 
 
+def test_a_depthwise_twin_has_a_gradient_under_shard_map():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer = MultiplyConv(8, (3, 3), (1, 1), ((1, 1), (1, 1)), jnp.float32, 1e-6, feature_group_count=8)
+    x = tokens((4, 3, 3, 8))
+    variables = layer.init(jax.random.key(0), x)
+    spec = jax.sharding.PartitionSpec
+
+    def gradient(variables, x):
+        return jax.grad(lambda variables: jnp.sum(jnp.square(layer.apply(variables, x)[..., 0])))(variables)
+
+    cut = jax.shard_map(gradient, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec())
+    for found, wanted in zip(
+        jax.tree.leaves(jax.jit(cut)(variables, x)), jax.tree.leaves(gradient(variables, x))
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layer", [AdderDense, lambda n: AdderConv(n, (1, 1))], ids=["dense", "convolution"])
-@pytest.mark.parametrize("features", [0, -3, 2.5])
+@pytest.mark.parametrize("features", [0, -3, 2.5, True])
 def test_features_are_at_least_one(layer, features):
     with pytest.raises(ValueError, match=f"features={features} must be a whole number"):
         layer(features).init(jax.random.key(0), tokens((2, 3, 3, 8)))

@@ -102,6 +102,9 @@ def warm_start(
         _require_convertible(layer, *parts[layer])
     # Where nothing differs all is copied; otherwise even a layer that multiplies in both sees other inputs.
     differs = differing or any(getattr(config_from, name) != getattr(config_to, name) for name in _ATTENTION)
+    # The same templates under another offset are another function, which scale and bias take back in part.
+    adds = any(path[-1:] == _TEMPLATES for path in source)
+    differs = differs or (adds and config_from.centered != config_to.centered)
     layers = [layer for layer in layers if differs and _can_be_matched(*parts[layer])]
     sharpen = config_from.similarity != config_to.similarity
 

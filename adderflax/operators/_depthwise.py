@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from adderflax.operators._windows import Window
+from adderflax.operators.matmul import match_varying
 from adderflax.operators.rules import Rule, apply_rule
 
 # The program grows with the positions of the kernel.
@@ -62,6 +63,7 @@ def depthwise_conv(
         [N, H', W', O] in the dtype of x, summed in float32 where a gradient is asked for.
     """
     padding = tuple((int(before), int(after)) for before, after in padding)
+    x, kernel = match_varying(x, kernel)  # else no gradient of a replicated kernel under shard_map
     return _depthwise_conv(x, kernel, Window(tuple(strides), padding, (1, 1), x.shape[3]))
 
 

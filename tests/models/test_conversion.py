@@ -172,6 +172,18 @@ def test_equal_models_are_copied():
     jax.tree.map(np.testing.assert_array_equal, traverse_util.unflatten_dict(kept), trained(ADDER))
 
 
+def test_templates_under_another_offset_are_matched_again():
+    for source, target in ((False, True), (True, False)):
+        source, target = (dataclasses.replace(ADDER, centered=centered) for centered in (source, target))
+        params = trained(ADDER)
+        converted = warm_start(params, source, target, IMAGES)
+        wanted = logits(source, params)
+        found = correlation(logits(target, converted), wanted)
+        assert found > correlation(logits(target, params), wanted) + 0.1
+        same = warm_start(params, source, source, IMAGES)
+        jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
 def test_the_order_of_images_does_not_matter():
     shuffled = warm(MULTIPLY, ADDER, IMAGES[np.random.default_rng(0).permutation(len(IMAGES))])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
