@@ -336,7 +336,9 @@ def machine():
             return f"unknown: {error}"
 
     query = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total,power.limit"
-    jax = output(sys.executable, "-c", "import jax, jaxlib; print(jax.__version__, jaxlib.__version__)")
+    # Nothing where JAX has no NVIDIA GPU.
+    versions = "import jax, jaxlib; jax.devices('cuda'); print(jax.__version__, jaxlib.__version__)"
+    jax = output(sys.executable, "-c", versions)
     return {"gpu": output("nvidia-smi", query, "--format=csv,noheader"), "jax, jaxlib": jax}
 
 
@@ -347,13 +349,12 @@ def main(arguments):
         except Exception:
             traceback.print_exc()
             sys.exit(1)
-    query = [sys.executable, "-c", "import jax; jax.devices('cuda')"]
-    if subprocess.run(query, capture_output=True).returncode:
+    results = {"machine": machine(), "sections": {}, "records": []}
+    if not results["machine"]["jax, jaxlib"]:
         sys.exit(
             "error: JAX finds no NVIDIA GPU here, and these kernels run on nothing else. On a machine that"
             " has one, install jax[cuda13] as the first line of requirements.txt says."
         )
-    results = {"machine": machine(), "sections": {}, "records": []}
     print(results["machine"], flush=True)
     path = Path(os.environ.get("OUT") or ".") / "device_results.json"
     names = arguments or [name for name, (_, _, unasked) in SECTIONS.items() if unasked]

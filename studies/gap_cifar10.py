@@ -134,7 +134,10 @@ NEIGHBOR_FINALS: dict[str, dict[str, Any]] = {
     "adder-neighbors-multiply-centered": LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"},
     "adder-neighbors-multiply-centered-taught": TAUGHT | CENTERED | {"model.mlp_convolution": "multiply"},
 }
-NEIGHBOR_CONTROLS: dict[str, dict[str, Any]] = {"multiply-neighbors-taught": TAUGHT}
+NEIGHBOR_CONTROLS: dict[str, dict[str, Any]] = {
+    "multiply-neighbors-taught": TAUGHT,
+    "adder-neighbors-multiply": LR3 | NEIGHBORS | {"model.mlp_convolution": "multiply"},
+}
 # The same recipe for ten times as many updates: 10 epochs of all 50,000 images, its own twin as teacher.
 ALL = {"data.train_examples": None, "epochs": 10.0}
 ALL_TEACHER = {"distillation.teacher": "runs/studies/gap_cifar10/full-multiply-neighbors-seed0"}

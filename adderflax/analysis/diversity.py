@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from adderflax.data import DatasetInfo, load_dataset, normalize_batch
 from adderflax.training.config import RunConfig
-from adderflax.training.restore import load_model
+from adderflax.training.restore import data_from, load_model
 from adderflax.training.workdir import read_config
 
 # The share of the singular values' sum that a published measurement of these maps asks for.
@@ -282,10 +282,8 @@ def measure_workdir(
       adderflax.data.DatasetNotReadyError: the data set is not there.
     """
     model, variables, info = load_model(workdir, best=best)
-    data = RunConfig.parse(read_config(workdir)).data
-    if data_dir is not None:
-        data = dataclasses.replace(data, data_dir=data_dir)
-    source = load_dataset(data).part(part)
+    run = RunConfig.parse(data_from(read_config(workdir), data_dir))
+    source = load_dataset(run.data).part(part)
     if not 1 <= images <= len(source):
         raise ValueError(
             f"{images} images cannot be drawn from the {part} part of {info.name}, which has"

@@ -1,5 +1,6 @@
 """Pictures of diversity figures and of studies. matplotlib is imported when one is drawn."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ _SOFTMAX, _IDENTITY, _OTHER = "#0072B2", "#D55E00", "#009E73"
 _MAPS = {"softmax": (_SOFTMAX, "softmax"), "softmax_plus_identity": (_IDENTITY, "softmax + I")}
 _DASHED = "dashed: not the map that the model uses"
 _DPI = 150
+_COLORS = 64  # of a study's pictures, which grow with its runs
 _SHOWN_IMAGES = 4
 _SHOWN_LAYERS = 6
 
@@ -163,7 +165,7 @@ def draw_study_overview(
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(label)
         axes.spines[["top", "right", "left"]].set_visible(False)
-    _save(figure, file)
+    _save(figure, file, colors=_COLORS)
 
 
 def draw_study_ranks(diversities: dict[str, list[dict[str, Any]]], file: str | Path) -> None:
@@ -192,7 +194,7 @@ def draw_study_ranks(diversities: dict[str, list[dict[str, Any]]], file: str | P
         axes.set(xlabel="layer", ylabel="effective rank")
         axes.label_outer()
     _map_legend(figure, _DASHED)
-    _save(figure, file)
+    _save(figure, file, colors=_COLORS)
 
 
 def draw_study_spectra(diversities: dict[str, list[dict[str, Any]]], file: str | Path) -> None:
@@ -214,7 +216,7 @@ def draw_study_spectra(diversities: dict[str, list[dict[str, Any]]], file: str |
         _cumulative_axes(axes, tokens)
         axes.set_title(run, fontsize=9)
     _map_legend(figure, f"{_DASHED}; darker: later layers")
-    _save(figure, file)
+    _save(figure, file, colors=_COLORS)
 
 
 def _cumulative_axes(axes: "Axes", tokens: int) -> None:
@@ -260,5 +262,14 @@ def _map_legend(figure: "Figure", note: str) -> None:
     )
 
 
-def _save(figure: "Figure", file: str | Path) -> None:
-    figure.savefig(file, dpi=_DPI)
+def _save(figure: "Figure", file: str | Path, colors: int | None = None) -> None:
+    """Writes a picture; with so many colors, lines and letters take a quarter of the bytes."""
+    if colors is None:
+        figure.savefig(file, dpi=_DPI)
+        return
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI)
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(colors).save(file, optimize=True)

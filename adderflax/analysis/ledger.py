@@ -162,16 +162,20 @@ def count_operations(
         function: any function that `jax.make_jaxpr` can trace.
         *args: its arguments, arrays or `jax.ShapeDtypeStruct`s in any nesting. Values that the
             function needs in Python, such as flags, belong into a closure instead.
-        constant_argnums: which of `args` never change, as trained weights: operations on these alone
-            do not count.
+        constant_argnums: indices of those `args` that never change, as trained weights: operations on
+            these alone do not count, except inside of a loop that also sees others.
         **kwargs: likewise arguments of the function.
 
     Returns:
         The ledger.
 
     Raises:
-        ValueError: the program has arrays of symbolic shape.
+        ValueError: the program has arrays of symbolic shape, or an index is none of `args`.
     """
+    if wrong := [index for index in constant_argnums if index not in range(len(args))]:
+        raise ValueError(
+            f"constant_argnums: {wrong} are no indices of {len(args)} arguments, 0 to {len(args) - 1}."
+        )
     leaves = (
         (index in constant_argnums,) * len(jax.tree.leaves(argument)) for index, argument in enumerate(args)
     )

@@ -40,6 +40,11 @@ def config_here(workdir: str | Path) -> dict[str, Any]:
     return saved | {"mesh": {}, "model": model}
 
 
+def data_from(config: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
+    """A run's whole configuration with its data sets in `data_dir`; as it is where that is None."""
+    return config if data_dir is None else config | {"data": config["data"] | {"data_dir": data_dir}}
+
+
 def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, dict[str, Any], DatasetInfo]:
     """Loads what a run has trained.
 

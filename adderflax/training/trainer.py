@@ -20,7 +20,7 @@ from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.preemption import StopSignals
-from adderflax.training.restore import WEIGHTS, config_here, load_model
+from adderflax.training.restore import WEIGHTS, config_here, data_from, load_model
 from adderflax.training.state import (
     TrainState,
     abstract_state,
@@ -346,9 +346,7 @@ def evaluate(
     """
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict(), defaults=_defaults(config.to_dict()))
-    described = config_here(workdir) if config is None else config.to_dict()
-    if data_dir is not None:
-        described = described | {"data": described["data"] | {"data_dir": data_dir}}
+    described = data_from(config_here(workdir) if config is None else config.to_dict(), data_dir)
     # A teacher is needed no more.
     trainer = Trainer(described | {"distillation": {}})
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:

@@ -416,3 +416,8 @@ def test_a_branch_knows_its_constants():
 
     ledger = count_operations(function, jnp.ones(6), jnp.ones(6), constant_argnums=(0,))
     assert "tanh" not in ledger.operations and ledger.operations["multiply"] == 6
+
+
+def test_constants_are_arguments():
+    with pytest.raises(ValueError, match=r"constant_argnums: \[2\] are no indices of 2 arguments, 0 to 1"):
+        count_operations(jnp.add, jnp.ones(3), jnp.ones(3), constant_argnums=(0, 2))
