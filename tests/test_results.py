@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
+from adderflax.analysis.energy_report import split_into_parts
 from adderflax.analysis.energy_tables import energy
+from adderflax.analysis.study import load_study
 from adderflax.predict import predict
 from adderflax.training.command_line import load_config
 from benchmarks import device_estimate
@@ -112,33 +114,90 @@ def test_accuracies_of_the_gap_studies_in_the_readme():
     for name, label in rows.items():
         cells = [f"{100 * gap_accuracy(study, f'final-{name}'):.1f}" for study in ("digits", "cifar10")]
         assert f"| {label} | {cells[0]} | {cells[1]} |" in readme
-    rows = {
-        "multiply-neighbors": "`multiply`",
-        "adder-neighbors": "`adder`",
-        "adder-neighbors-taught": "`adder`, taught the twin's features and soft labels",
-        "adder-neighbors-multiply-taught": "`adder`, taught likewise, its depthwise convolution multiplies",
-    }
-    for name, label in rows.items():
-        assert f"| {label} | {100 * gap_accuracy('cifar10', f'final-{name}'):.1f} |" in readme
-    alone = gap_accuracy("cifar10", "final-multiply-neighbors-taught", (0,))
-    assert f"| `multiply`, taught likewise (one seed) | {100 * alone:.1f} |" in readme
-    rows = {
-        "multiply-neighbors": "`multiply`",
-        "adder-neighbors-multiply-centered": "`adder`, centered",
-        "adder-neighbors-multiply-taught": "`adder`, taught",
-        "adder-neighbors-multiply-centered-taught": "`adder`, centered, taught",
-        "multiply-neighbors-taught": "`multiply`, taught",
-    }
-    for name, label in rows.items():
-        cells = [f"{100 * gap_accuracy('cifar10', f'{kind}-{name}', (0,)):.1f}" for kind in ("final", "full")]
-        assert f"| {label} | {cells[0]} | {cells[1]} |" in readme
-    plain = 100 * gap_accuracy("cifar10", "full-adder-neighbors-multiply", (0,))
-    assert f"| `adder` | | {plain:.1f} |" in readme
     both = gap_accuracy("digits", "final-multiply-warm-features")
     assert f"| `multiply`, both | {100 * both:.1f} | |" in readme
     # The digits' adder model alone stands in the table of the first command.
     assert f"| `adder` | 97.6 | {100 * gap_accuracy('cifar10', 'final-adder'):.1f} |" in readme
     assert re.search(r"^\| `digits_adder_vit.py` \|.*\| 0\.9758 \|$", readme, flags=re.MULTILINE)
+
+
+NEIGHBORS = {
+    "multiply-neighbors": "`multiply`",
+    "adder-neighbors": "`adder`, its convolution adds",
+    "adder-neighbors-multiply": "`adder`",
+    "adder-neighbors-taught": "`adder`, taught, its convolution adds",
+    "adder-neighbors-multiply-taught": "`adder`, taught",
+    "adder-neighbors-multiply-centered": "`adder`, centered",
+    "adder-neighbors-multiply-centered-taught": "`adder`, centered, taught",
+    "multiply-neighbors-taught": "`multiply`, taught",
+}
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_accuracies_with_neighbors():
+    readme = " ".join((RESULTS.parent / "README.md").read_text().split())
+    cifar10 = " ".join((RESULTS / "cifar10.md").read_text().split())
+    lines = [json.loads(line) for line in (RESULTS / "gap_cifar10.jsonl").read_text().splitlines()]
+    found, ranks = {}, {}
+    for line in lines:
+        kind, _, name = line["name"].partition("-")
+        found.setdefault((kind, name), []).append(100 * line["figures"]["test_accuracy"])
+        layers = [layer["softmax"]["effective_rank"] for layer in line["diversity"]["layers"]]
+        ranks[kind, name] = np.mean(layers)
+    cells = {
+        key: f"{np.mean(values):.1f}{' (one seed)' * (key[0] == 'final' and len(values) == 1)}"
+        for key, values in found.items()
+    }
+    for name, label in NEIGHBORS.items():
+        columns = " | ".join(cells.get((kind, name), "") for kind in ("final", "full"))
+        assert " ".join(f"| {label} | {columns} |".split()) in readme, label
+
+    twin, plain, taught, centered, both, twin_taught = (
+        {kind: np.mean(found[kind, name]) for kind in ("final", "full")}
+        for name in (
+            "multiply-neighbors",
+            "adder-neighbors-multiply",
+            "adder-neighbors-multiply-taught",
+            "adder-neighbors-multiply-centered",
+            "adder-neighbors-multiply-centered-taught",
+            "multiply-neighbors-taught",
+        )
+    )
+    behind = {kind: f"{twin[kind] - centered[kind]:.1f}" for kind in twin}
+    assert f"{behind['final']} points behind the twin on the subset without help" in readme
+    lost = f"{behind['full']} on all images, where it was {twin['full'] - plain['full']:.1f}"
+    assert lost in readme
+    ahead = both["full"] - twin["full"]
+    assert f"{twin['final'] - both['final']:.1f} behind and {ahead:.1f} ahead" in readme
+    assert "by {:.1f} and {:.1f}.".format(*(twin_taught[kind] - both[kind] for kind in twin)) in readme
+    worth = np.mean(found["final", "adder-neighbors-multiply-taught"])
+    worth -= np.mean(found["final", "adder-neighbors-taught"])
+    assert f"worth {worth:.1f} points to the taught model" in readme
+    told = [ranks["full", f"{n}"] for n in ("adder-neighbors-multiply-centered", "multiply-neighbors")]
+    told = "effective rank {:.1f} against the twin's {:.1f} in the second".format(*told)
+    assert f"{told} column, where it is {ranks['full', 'adder-neighbors-multiply']:.1f} without" in readme
+    assert (
+        f"({both['full']:.1f} against {twin['full']:.1f} %, one seed; {taught['full']:.1f} without)"
+        in cifar10
+    )
+    without = f"({twin['full'] - plain['full']:.1f} without)"
+    assert f"and {behind['full']} points behind it without a teacher {without}" in cifar10
+    told = [float(x) for cell in row("CIFAR-10 in full, small model with neighbors, 10 epochs, seed 0")[:2]
+            for x in re.findall(r"0\.\d{4}", cell)]  # fmt: skip
+    np.testing.assert_allclose(
+        [100 * x for x in told], [x["full"] for x in (plain, centered, both, twin, twin_taught)]
+    )
+
+    study = load_study("studies/gap_cifar10.py")
+    (subset,) = (r for r in study.runs if r.name == "final-adder-neighbors-multiply")
+    recipe = load_config("configs/cifar10_adder_vit.py", [])
+    for config, text in (
+        (subset.configuration(0), "{:.0f} % of this model's"),
+        (recipe, "({:.1f} % of the recipe's)"),
+    ):
+        ledger = inference_ledger(configured_model(config))
+        conv = split_into_parts(ledger)["MLP convolution"].macs
+        assert text.format(100 * conv / (ledger.macs + ledger.adder_elements)) in readme
 
 
 def test_the_table_of_the_h200_is_what_its_runs_wrote():
