@@ -28,7 +28,9 @@ def applies(kernel_shape: tuple[int, ...], window: Window) -> bool:
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """-sum |x - kernel| over the positions: float32 [N, H', W', O]."""
-    return _written_out(reduce(add, (-jnp.abs(taps - weights) for taps, weights in _positions(x, kernel, window))))
+    return _written_out(
+        reduce(add, (-jnp.abs(taps - weights) for taps, weights in _positions(x, kernel, window)))
+    )
 
 
 def gradient_x(x: jax.Array, kernel: jax.Array, g: jax.Array, window: Window, rule: Rule) -> jax.Array:

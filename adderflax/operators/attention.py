@@ -17,7 +17,7 @@ from adderflax.operators._dispatch import (
     logging_enabled,
     with_automatic_axes,
 )
-from adderflax.operators.matmul import adder_matmul, check_float, match_varying
+from adderflax.operators.matmul import adder_matmul, check_array, match_varying
 from adderflax.operators.rules import GradientRule, Rule, canonical_rule
 
 
@@ -85,7 +85,7 @@ def adder_attention(
         if jnp.ndim(scale) != 0:
             raise ValueError(f"scale: needs a scalar, got shape {jnp.shape(scale)}.")
     query, key, value = (
-        check_float(array, name, "adder_attention")
+        check_array(array, name, "adder_attention")
         for name, array in (("query", query), ("key", key), ("value", value))
     )
     _check_shapes(query, key, value, identity)
@@ -267,7 +267,7 @@ def _broadcastable(array, argument, shape, single):
             f"additive masks use bias."
         )
     if argument == "bias":
-        array = check_float(array, argument, "adder_attention")
+        array = check_array(array, argument, "adder_attention")
     array = jnp.asarray(array)
     wanted = shape[1:] if single else shape
     fits = array.ndim <= len(wanted) and all(

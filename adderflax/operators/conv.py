@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from adderflax.operators import _depthwise, _power
+from adderflax.operators import _depthwise, _integer, _power
 from adderflax.operators._dispatch import check_accepts, check_implementation, logging_enabled
 from adderflax.operators._windows import Blocks, Window
 from adderflax.operators._xla import zeros
-from adderflax.operators.matmul import Calls, calls, check_float, match_varying, named_call
+from adderflax.operators.matmul import NUMBERS, Calls, calls, check_array, match_varying, named_call
 from adderflax.operators.rules import GradientRule, Rule, canonical_rule
 
 _PADDINGS = ("SAME", "SAME_LOWER", "VALID")
@@ -69,7 +69,8 @@ def adder_conv(
     with their gradients: 4 MiB of patches on a CPU, 64 MiB elsewhere, or one row where that is more.
 
     Args:
-        x: [N, H, W, C], float32, bfloat16 or float16. N may be symbolic.
+        x: [N, H, W, C], float32, bfloat16 or float16; or int8 or uint8, where both operands are, summed
+            exactly and without a gradient. N may be symbolic.
         kernel: [height, width, C / feature_group_count, O], likewise.
         strides: steps of the window in height and width.
         padding: "SAME", "SAME_LOWER", "VALID", or ((top, bottom), (left, right)). "SAME" pads the
@@ -84,14 +85,16 @@ def adder_conv(
         implementation: as in `adder_matmul`.
 
     Returns:
-        float32 [N, H', W', O]. Gradients have the dtypes of x and kernel.
+        float32 [N, H', W', O], int32 for integers. Gradients have the dtypes of x and kernel.
 
     Raises:
         TypeError: an operand is not an array or has another dtype, or an argument another type.
-        ValueError: shapes that do not fit, an unknown name, or an implementation that does not take
-            these operands.
+        ValueError: shapes that do not fit, an unknown name, an implementation that does not take
+            these operands, or more terms of integers than `adder_matmul` allows.
     """
-    x, kernel = check_float(x, "x", "adder_conv"), check_float(kernel, "kernel", "adder_conv")
+    x, kernel = (
+        check_array(array, name, "adder_conv", NUMBERS) for name, array in (("x", x), ("kernel", kernel))
+    )
     window = _check_window(x, kernel, strides, padding, dilation, feature_group_count)
     plan = _Plan(
         window,
@@ -100,7 +103,11 @@ def adder_conv(
         check_implementation(implementation),
         logging_enabled(),
     )
+    integers = _integer.take("adder_conv", {"x": x, "kernel": kernel}, math.prod(kernel.shape[:3]), p)
+    x, kernel = integers or (x, kernel)
     _check_accepts(implementation, x, kernel, window)
+    if integers:
+        return _calls(()).forward(*match_varying(x, kernel), plan=plan).astype(jnp.int32)
     x, kernel, *p = match_varying(x, kernel, *_power.canonical_power(p, implementation))
     return _adder_conv(x, kernel, tuple(p), plan)
 

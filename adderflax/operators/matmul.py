@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from adderflax.operators import _power
+from adderflax.operators import _integer, _power
 from adderflax.operators._dispatch import (
     check_accepts,
     check_implementation,
@@ -20,7 +20,8 @@ from adderflax.operators._dispatch import (
 )
 from adderflax.operators.rules import GradientRule, Rule, canonical_rule
 
-_DTYPES = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")
+NUMBERS = (*FLOATS, *_integer.DTYPES)
 
 
 class _Plan(NamedTuple):
@@ -63,8 +64,10 @@ def adder_matmul(
     p |d|^(p - 1) sign(d), whose end is sign(d). The blend is this project's choice. p itself gets
     no gradient.
 
+    Integers, as hardware has them, are summed exactly, by the same kernels, and have no gradient.
+
     Args:
-        x: [..., M, K], float32, bfloat16 or float16.
+        x: [..., M, K], float32, bfloat16 or float16; or int8 or uint8, where both operands are.
         y: [..., K, N], likewise; batch dimensions broadcast as in `jnp.matmul`.
         p: exponent of the distance, from 1 to 2. The Python number 1 selects the kernels for the L1
             distance. Any other number or a scalar array, which may be traced and is clipped to 1..2,
@@ -75,13 +78,14 @@ def adder_matmul(
             choose by the platform for which the program is lowered.
 
     Returns:
-        float32 [..., M, N]. Gradients have the dtypes of x and y.
+        float32 [..., M, N], int32 for integers. Gradients have the dtypes of x and y.
 
     Raises:
-        TypeError: an operand is not an array or has another dtype.
+        TypeError: an operand is not an array or has another dtype, or integers meet floating operands
+            or a p other than 1.
         ValueError: rank below 2, mismatched K or batch dimensions, an unknown rule or
-            implementation, an implementation that does not take these operands, or a number p
-            outside of 1..2.
+            implementation, an implementation that does not take these operands, a number p
+            outside of 1..2, or K beyond 65,793 for int8 or uint8, 43,804 where both meet.
     """
     x, y = _check_operand(x, "x"), _check_operand(y, "y")
     if x.shape[-1] != y.shape[-2]:
@@ -93,28 +97,35 @@ def adder_matmul(
     rule_x, rule_y = canonical_rule(grad_x, "grad_x"), canonical_rule(grad_y, "grad_y")
     plan = _Plan(rule_x, rule_y, check_implementation(implementation), logging_enabled())
     _check_batch(x, y)
+    integers = _integer.take("adder_matmul", {"x": x, "y": y}, x.shape[-1], p)
+    x, y = integers or (x, y)
     check_accepts(implementation, x, y)
+    if integers:
+        sums = calls(()).forward(*match_varying(x, y), implementation=plan.implementation, log=plan.log)
+        return sums.astype(jnp.int32)
     x, y, *p = match_varying(x, y, *_power.canonical_power(p, implementation))
     return _adder_matmul(x, y, tuple(p), plan)
 
 
-def check_float(array: jax.Array, argument: str, function: str) -> jax.Array:
+def check_array(
+    array: jax.Array, argument: str, function: str, dtypes: tuple[str, ...] = FLOATS
+) -> jax.Array:
     """Returns the argument as a JAX array, or raises a TypeError that names it."""
     if not hasattr(array, "dtype") or not hasattr(array, "shape"):
         raise TypeError(
             f"{function}: {argument} must be an array, got {type(array).__name__}; convert it "
             f"with jnp.asarray({argument}, jnp.float32)."
         )
-    if str(array.dtype) not in _DTYPES:
+    if str(array.dtype) not in dtypes:
         raise TypeError(
-            f"{function}: {argument} has dtype {array.dtype}; allowed are {', '.join(_DTYPES)}. "
+            f"{function}: {argument} has dtype {array.dtype}; allowed are {', '.join(dtypes)}. "
             f"Cast it first: {argument}.astype(jnp.float32)."
         )
     return jnp.asarray(array)
 
 
 def _check_operand(operand: jax.Array, argument: str) -> jax.Array:
-    operand = check_float(operand, argument, "adder_matmul")
+    operand = check_array(operand, argument, "adder_matmul", NUMBERS)
     if operand.ndim < 2:
         layout, remedy = {"x": ("M, K", "None, :"), "y": ("K, N", ":, None")}[argument]
         raise ValueError(
