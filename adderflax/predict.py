@@ -1,6 +1,7 @@
 """Classifies images with a trained workdir: ``python -m adderflax.predict WORKDIR IMAGE...``."""
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from adderflax.analysis.integer_files import holds_integers, load_integers
 from adderflax.data import normalize_batch, preprocess_image
 from adderflax.training import profiling
 from adderflax.training.config import ConfigError
@@ -20,7 +22,7 @@ def predict(workdir: str | Path, images: Sequence, *, best: bool = False) -> lis
     """Class probabilities of images.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, or one that `python -m adderflax.export` has written.
       images: PIL images or uint8 arrays [H, W] or [H, W, C] of any size; each is converted, resized and
         cropped as the run's evaluation does it.
       best: use the checkpoint with the best validation accuracy instead of the newest.
@@ -31,11 +33,16 @@ def predict(workdir: str | Path, images: Sequence, *, best: bool = False) -> lis
     Raises:
       WorkdirError: the directory holds no trained run.
     """
-    model, variables, info = load_model(workdir, best=best)
+    if holds_integers(workdir):
+        integers, info = load_integers(workdir)
+        forward = integers.apply
+    else:
+        model, variables, info = load_model(workdir, best=best)
+        forward = functools.partial(model.apply, variables)
 
     @jax.jit
     def probabilities(batch):
-        return jax.nn.softmax(model.apply(variables, normalize_batch(batch, info)))
+        return jax.nn.softmax(forward(normalize_batch(batch, info)))
 
     # One image at a time compiles one shape, whatever the number of images.
     rows = [np.asarray(probabilities(preprocess_image(image, info)[None]))[0] for image in images]

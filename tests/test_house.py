@@ -39,6 +39,7 @@ LAYERS = {
     "analysis": 5,
     "diversity": 5,
     "energy": 5,
+    "export": 5,
     "pods": 5,
     "predict": 5,
     "report": 5,

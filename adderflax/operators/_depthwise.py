@@ -117,15 +117,16 @@ _depthwise_conv.defvjp(_depthwise_conv_fwd, _depthwise_conv_bwd)
 
 def _sums_over_pixels(terms: list[jax.Array]) -> jax.Array:
     """Sums arrays [N, H', W', O], one a position of the kernel, over all but O: [positions, O]."""
+    return lax.platform_dependent(*terms, cpu=_summed_apart, default=_summed_together)
 
-    def apart(*terms):
-        return jnp.stack([jnp.sum(_folded(term), axis=(0, 1, 2)) for term in terms])
 
-    def together(*terms):
-        # On a GPU as many sums would be as many kernels, each reading the images again.
-        return jnp.sum(jnp.concatenate(terms, axis=3), axis=(0, 1, 2)).reshape(len(terms), -1)
+def _summed_apart(*terms: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(_folded(term), axis=(0, 1, 2)) for term in terms])
 
-    return lax.platform_dependent(*terms, cpu=apart, default=together)
+
+def _summed_together(*terms: jax.Array) -> jax.Array:
+    # On a GPU as many sums would be as many kernels, each reading the images again.
+    return jnp.sum(jnp.concatenate(terms, axis=3), axis=(0, 1, 2)).reshape(len(terms), -1)
 
 
 def _folded(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adderflax.operators import adder_conv, available_implementations
+from adderflax.operators import _depthwise, adder_conv, available_implementations
 from adderflax.operators import conv as conv_module
 
 
@@ -201,6 +201,15 @@ def assert_close(actual, expected, tolerance=1e-5):
         assert a.shape == e.shape and a.dtype == e.dtype
         bound = tolerance * max(1.0, float(np.abs(e).max()))
         np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, 8, 12, 15])
+def test_depthwise_kernel_gradients_are_summed_alike_everywhere(rows):
+    # One form runs on a CPU, the other elsewhere.
+    terms = [np.random.default_rng(i).normal(size=(3, rows, 4, 5)).astype(np.float32) for i in range(9)]
+    expected = np.stack(terms).astype(np.float64).sum((1, 2, 3))
+    for form in (_depthwise._summed_apart, _depthwise._summed_together):
+        np.testing.assert_allclose(np.asarray(form(*terms)), expected, atol=1e-4)
 
 
 def test_padding_costs_the_kernel():

@@ -1,0 +1,167 @@
+"""The directory of an integer model: files that hardware and simulators read without this library.
+
+    integers.json    bits, rounding, and each operation in the order in which it runs
+    integers.npz     params/NAME/adder_kernel int8, constants/NAME int32 where the layer is centered, all
+                     other variables float32 under the names of weights.npz
+    vectors.npz      images uint8, logits float32, and what goes into and comes out of every operation
+                     (`IntegerModel.vectors`)
+    config.json, dataset.json    of the run: the model and the images it is for
+
+A value is its integer times 2^exponent of its operation.
+"""
+
+import dataclasses
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from adderflax.analysis.integers import IntegerModel, IntegerOperation, in_float32, quantize
+from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
+from adderflax.models.families import build_model
+from adderflax.training.config import RunConfig
+from adderflax.training.restore import config_here, data_from, load_model
+from adderflax.training.workdir import WorkdirError, read_config, read_info
+
+_DESCRIPTION, _INTEGERS, _VECTORS = "integers.json", "integers.npz", "vectors.npz"
+_FORMAT = 1
+_EVALUATED_AT_ONCE = 100
+
+
+def export_workdir(
+    workdir: str | Path,
+    directory: str | Path,
+    *,
+    bits: int = 8,
+    calibration: int = 256,
+    vectors: int = 2,
+    evaluate: bool = False,
+    best: bool = False,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Writes a trained run as an integer model.
+
+    Args:
+      workdir: the run's directory.
+      directory: where to write; it must not hold anything yet.
+      bits: of inputs and templates, 2 to 8.
+      calibration: how many training images choose the grids.
+      vectors: how many test images are traced into vectors.npz.
+      evaluate: also classify the whole test part, with integers and without.
+      best: take the checkpoint with the best validation accuracy instead of the newest.
+      data_dir: where prepared data sets are on this machine; None looks where the run's configuration says.
+
+    Returns:
+      What integers.json holds.
+
+    Raises:
+      ValueError: an argument is not allowed, the model adds nowhere, or the directory is not empty.
+      WorkdirError: the workdir holds no trained run.
+      adderflax.data.DatasetNotReadyError: the data set is not there.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not an empty directory; choose another to write to.")
+    model, variables, info = load_model(workdir, best=best)
+    data = RunConfig.parse(data_from(read_config(workdir), data_dir)).data
+    dataset = load_dataset(data)
+    for name, count, part in (("calibration", calibration, "train"), ("vectors", vectors, "test")):
+        if not 1 <= count <= len(dataset.part(part)):
+            raise ValueError(
+                f"{name}={count} images cannot be taken from the {part} part of {info.name}, which has"
+                f" {len(dataset.part(part))}: choose a number from 1 to that."
+            )
+
+    def first_images(part: str, count: int) -> np.ndarray:
+        return next(evaluation_batches(dataset, part, data, batch_size=count))["image"]
+
+    images = normalize_batch(first_images("train", calibration), info)
+    integers = quantize(model, variables, images, bits=bits)
+    description = {"format": _FORMAT, "bits": bits, "rounding": "half to even"}
+    if evaluate:
+        figures = {}
+        for name, function in (
+            ("float", lambda images: in_float32(model).apply(variables, images)),
+            ("integer", integers.apply),
+        ):
+            batches = evaluation_batches(dataset, "test", data, batch_size=_EVALUATED_AT_ONCE)
+            figures[f"test_accuracy_{name}"] = _accuracy(function, batches, info)
+        description |= figures | {"test_examples": len(dataset.test)}
+    description["operations"] = [
+        {"name": name, **dataclasses.asdict(operation), "accumulator_bits": operation.accumulator_bits(bits)}
+        for name, operation in integers.operations.items()
+    ]
+    traced = first_images("test", vectors)
+    normalized = normalize_batch(traced, info)
+    logits = np.asarray(integers.apply(normalized))
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "dataset.json"):
+        shutil.copyfile(Path(workdir) / name, directory / name)
+    np.savez(directory / _INTEGERS, **_arrays(integers))
+    np.savez(directory / _VECTORS, images=traced, logits=logits, **integers.vectors(normalized))
+    # Last: a directory without it is not taken for a model.
+    (directory / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    return description
+
+
+def holds_integers(directory: str | Path) -> bool:
+    """Whether `export_workdir` has written a directory."""
+    return (Path(directory) / _DESCRIPTION).exists()
+
+
+def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
+    """Loads what `export_workdir` has written.
+
+    Raises:
+      WorkdirError: a file is missing or damaged, or they do not belong to each other.
+    """
+    directory = Path(directory)
+    run, info = RunConfig.parse(config_here(directory)), read_info(directory)
+    model = in_float32(build_model(run.model_config(info)))
+    try:
+        description = json.loads((directory / _DESCRIPTION).read_text())
+        if description["format"] != _FORMAT:
+            raise ValueError(f"its format is {description['format']}, and this version reads {_FORMAT}")
+        with np.load(directory / _INTEGERS) as archive:
+            arrays = {name: archive[name] for name in archive.files if not name.startswith("constants/")}
+        names = [field.name for field in dataclasses.fields(IntegerOperation)]
+        operations = {
+            entry["name"]: IntegerOperation(**{name: entry[name] for name in names})
+            for entry in description["operations"]
+        }
+        for name, operation in operations.items():
+            if operation.kind != "similarity":
+                kernel = arrays[f"params/{name}/adder_kernel"]
+                arrays[f"params/{name}/adder_kernel"] = kernel.astype(np.float32) * 2.0**operation.exponent
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise WorkdirError(
+            f"{directory} cannot be read as an integer model: {error}. Export the run again."
+        ) from error
+    variables = traverse_util.unflatten_dict(
+        {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}, sep="/"
+    )
+    return IntegerModel(model, variables, description["bits"], operations), info
+
+
+def _arrays(integers: IntegerModel) -> dict[str, np.ndarray]:
+    flat = traverse_util.flatten_dict(integers.variables, sep="/")
+    arrays = {name: np.asarray(array, np.float32) for name, array in flat.items()}
+    arrays |= {f"params/{name}/adder_kernel": array for name, array in integers.templates().items()}
+    return arrays | {f"constants/{name}": array for name, array in integers.constants().items()}
+
+
+def _accuracy(function, batches: Iterator[Mapping[str, np.ndarray]], info: DatasetInfo) -> float:
+    """Share of images, 0 to 1, whose label has the largest logit."""
+    predict = jax.jit(lambda pixels: jnp.argmax(function(normalize_batch(pixels, info)), axis=-1))
+    correct = total = 0.0
+    for batch in batches:
+        correct += float(np.sum((np.asarray(predict(batch["image"])) == batch["label"]) * batch["weight"]))
+        total += float(np.sum(batch["weight"]))
+    return correct / total

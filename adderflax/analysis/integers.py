@@ -1,0 +1,299 @@
+"""Integer adder layers: a trained model's templates and the inputs that meet them, on one grid a layer.
+
+An adder layer with inputs x and templates w gets one power of two s for both (differences need a common unit;
+one shared scale is that of Wang et al. 2021, "AdderNet and its Minimalist Hardware Design"):
+
+    q(v) = clip(round(v / s), -2^(bits - 1), 2^(bits - 1) - 1),      A_o = -sum_i |q(x_i) - q(w_io)|
+
+and computes with s A_o in place of -sum_i |x_i - w_io|; a centered layer adds s sum_i |q(w_io)|. Halves are
+rounded to even. The L1 similarity does so with its queries and keys. All of it, accumulators included, is
+whole numbers; the rest stays in float32: what happens between layers (LayerNorm, GELU, softmax), layers that
+multiply, and an aggregation that adds.
+
+Because s is a power of two and every sum stays below 2^24 s, float32 computes all this exactly: the model
+with its values on their grids, run as any other, has the sums of the integers, and `IntegerModel.vectors`
+gives them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from adderflax.encoder import AdderSelfAttention
+from adderflax.layers import AdderConv, AdderDense
+from adderflax.operators import adder_conv, adder_matmul
+
+BITS = tuple(range(2, 9))
+_TEMPLATES = "adder_kernel"
+_GEOMETRY = ("strides", "padding", "dilation", "feature_group_count")
+# Grids that are tried: the finest that cuts nothing off, and this many finer ones.
+_FINER = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerOperation:
+    """One sum of differences that a model computes with integers.
+
+    Attributes:
+      kind: "dense", "convolution" or "similarity".
+      exponent: log2 of the unit s.
+      terms: of one sum.
+      centered: whether each output adds the constant sum_i |q(w_io)|.
+      clipped: share of its operands that lay beyond the grid's ends when it was chosen, 0 to 1.
+      geometry: of a convolution, the arguments of `adderflax.adder_conv`.
+    """
+
+    kind: str
+    exponent: int
+    terms: int
+    centered: bool = False
+    clipped: float = 0.0
+    geometry: Mapping[str, Any] | None = None
+
+    def accumulator_bits(self, bits: int) -> int:
+        """Width of a two's complement integer that holds every such sum of operands of `bits` bits."""
+        return (self.terms * (2**bits - 1)).bit_length() + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerModel:
+    """A model whose adder layers compute with integers.
+
+    Attributes:
+      model: the Linen module, computing in float32.
+      variables: its variables, templates already on their grids.
+      bits: of inputs and templates, 2 to 8.
+      operations: each adder layer, and each attention with an L1 similarity, by its name, such as
+        "block_0/mlp/fc1" and "block_0/attention", in the order in which they run.
+    """
+
+    model: nn.Module
+    variables: Mapping[str, Any]
+    bits: int
+    operations: Mapping[str, IntegerOperation]
+
+    def apply(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        """The logits of normalized images, float32 [B, num_classes]; may be traced."""
+        with nn.intercept_methods(self._on_grids):
+            return self.model.apply(self.variables, images_BxHxWxC)
+
+    def vectors(self, images_BxHxWxC: jax.Array) -> dict[str, np.ndarray]:
+        """What goes into the integer sums and what comes out, to hold other implementations against.
+
+        Args:
+          images_BxHxWxC: normalized images.
+
+        Returns:
+          For every adder layer "NAME/inputs" int8 [B, ..., C] and "NAME/sums" int32 [B, ..., features], the
+          sums of -|q(x) - q(w)| without a centered layer's constant; for every L1 similarity
+          "NAME/queries" and "NAME/keys" int8 [B, T, heads, d] and "NAME/sums" int32 [B, heads, T, T].
+        """
+        found: dict[str, np.ndarray] = {}
+
+        def record(next_function, arguments, keywords, context):
+            layer = context.module
+            if _adds(context):
+                name = _name(layer)
+                inputs = self._integers(name, arguments[0])
+                found[f"{name}/inputs"] = np.asarray(inputs)
+                found[f"{name}/sums"] = np.asarray(_sums(layer, inputs, self._templates(name)))
+            outputs = self._on_grids(next_function, arguments, keywords, context)
+            if (attention := _similarity_of(context)) is not None:
+                name, heads = _name(attention), attention.config.num_heads
+                integers = self._integers(name, outputs).reshape(*outputs.shape[:2], heads, -1)
+                part = {"query": "queries", "key": "keys"}[layer.name]
+                found[f"{name}/{part}"] = np.asarray(integers)
+                if part == "keys":  # queries come first
+                    queries = jnp.asarray(found[f"{name}/queries"]).transpose(0, 2, 1, 3)
+                    scores = adder_matmul(queries, integers.transpose(0, 2, 3, 1))
+                    found[f"{name}/sums"] = np.asarray(scores)
+            return outputs
+
+        with nn.intercept_methods(record):
+            self.model.apply(self.variables, images_BxHxWxC)
+        return found
+
+    def templates(self) -> dict[str, np.ndarray]:
+        """The integer templates of every adder layer by its name, int8, in the shape of the layer's."""
+        layers = (name for name, operation in self.operations.items() if operation.kind != "similarity")
+        return {name: np.asarray(self._templates(name)) for name in layers}
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """What each output of a centered layer adds to its sum, int32 [features], by the layer's name."""
+        return {
+            name: np.abs(templates.astype(np.int32))
+            .reshape(-1, templates.shape[-1])
+            .sum(axis=0, dtype=np.int32)
+            for name, templates in self.templates().items()
+            if self.operations[name].centered
+        }
+
+    def _templates(self, name: str) -> jax.Array:
+        flat = traverse_util.flatten_dict(self.variables["params"], sep="/")
+        return self._integers(name, flat[f"{name}/{_TEMPLATES}"])
+
+    def _integers(self, name: str, values: jax.Array) -> jax.Array:
+        return _round(values, self.operations[name].exponent, self.bits).astype(jnp.int8)
+
+    def _on_grids(self, next_function, arguments, keywords, context):
+        if _adds(context):
+            exponent = self.operations[_name(context.module)].exponent
+            arguments = (on_grid(arguments[0], exponent, self.bits), *arguments[1:])
+        outputs = next_function(*arguments, **keywords)
+        if (attention := _similarity_of(context)) is not None:
+            outputs = on_grid(outputs, self.operations[_name(attention)].exponent, self.bits)
+        return outputs
+
+
+def quantize(
+    model: nn.Module, variables: Mapping[str, Any], images_BxHxWxC: jax.Array, *, bits: int = 8
+) -> IntegerModel:
+    """The model with integer adder layers; nothing is trained.
+
+    Each layer's unit is the power of two with which its outputs on the calibration images, normalized where
+    the layer normalizes, differ least from those without a grid, in the mean square; for an L1 similarity
+    these are the logits of a row without their mean, which the softmax ignores.
+
+    Args:
+      model: a `VisionTransformer`, an `AdderResNet`, or another Linen module made of `AdderDense`,
+        `AdderConv` and `AdderSelfAttention`, with a dataclass `config` that has a `dtype`.
+      variables: its trained variables.
+      images_BxHxWxC: normalized calibration images; some hundred.
+      bits: of inputs and templates, 2 to 8.
+
+    Raises:
+      ValueError: `bits` is not allowed, or the model has no adder layer and no L1 similarity.
+    """
+    if bits not in BITS or isinstance(bits, bool):
+        raise ValueError(f"bits={bits!r} is not known; choose one of {', '.join(map(str, BITS))}.")
+    model = in_float32(model)
+    operations: dict[str, IntegerOperation] = {}
+    queries: dict[str, jax.Array] = {}
+
+    def calibrate(next_function, arguments, keywords, context):
+        outputs, layer = next_function(*arguments, **keywords), context.module
+        if _adds(context):
+            operations[_name(layer)] = _layer_operation(layer, arguments[0], outputs, bits)
+        if (attention := _similarity_of(context)) is not None:
+            name = _name(attention)
+            if layer.name == "query":  # it comes before the key
+                queries[name] = outputs
+            else:
+                heads = attention.config.num_heads
+                operations[name] = _similarity_operation(queries.pop(name), outputs, heads, bits)
+        return outputs
+
+    with nn.intercept_methods(calibrate):
+        model.apply(variables, images_BxHxWxC)
+    if not operations:
+        raise ValueError(
+            "The model has no adder layer and no L1 similarity, so it has no integers to export. Choose a"
+            " model whose arithmetic adds."
+        )
+    flat = traverse_util.flatten_dict(variables)
+    for path in [path for path in flat if path[-1] == _TEMPLATES]:
+        flat[path] = on_grid(jnp.asarray(flat[path]), operations["/".join(path[1:-1])].exponent, bits)
+    return IntegerModel(model, traverse_util.unflatten_dict(flat), bits, operations)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The model that computes in float32, without rematerialization, which recording would not survive."""
+    wanted = {"dtype": "float32", "remat": False}
+    fields = {field.name for field in dataclasses.fields(model.config)}
+    return model.clone(
+        config=dataclasses.replace(model.config, **{name: wanted[name] for name in wanted.keys() & fields})
+    )
+
+
+def on_grid(values: jax.Array, exponent: int, bits: int) -> jax.Array:
+    """float32 values of the grid 2^exponent * {-2^(bits - 1), ..., 2^(bits - 1) - 1} nearest to these."""
+    return _round(values, exponent, bits) * 2.0**exponent
+
+
+def _round(values: jax.Array, exponent: int, bits: int) -> jax.Array:
+    largest = 2.0 ** (bits - 1)
+    return jnp.clip(jnp.round(values.astype(jnp.float32) * 2.0**-exponent), -largest, largest - 1)
+
+
+def _best(bits: int, error: Callable[[int], float], *operands: jax.Array) -> tuple[int, float]:
+    """The exponent with the least error, and the share of the operands that its grid cuts off."""
+    largest = max(float(jnp.max(jnp.abs(array))) for array in operands)
+    # Nothing but zeros is on every grid.
+    coarsest = math.ceil(math.log2(largest / (2 ** (bits - 1) - 1))) if largest > 0 else 0
+    exponent = min((coarsest - finer for finer in range(_FINER + 1)), key=error)
+    end = (2 ** (bits - 1) - 0.5) * 2.0**exponent
+    beyond = sum(float(jnp.sum((array >= end) | (array < -end - 2.0**exponent))) for array in operands)
+    return exponent, beyond / sum(array.size for array in operands)
+
+
+def _layer_operation(
+    layer: AdderDense | AdderConv, inputs: jax.Array, outputs: jax.Array, bits: int
+) -> IntegerOperation:
+    params = dict(layer.variables["params"])
+    kernel = params[_TEMPLATES]
+    detached = layer.copy(parent=None)
+
+    def error(exponent: int) -> float:
+        rounded = params | {_TEMPLATES: on_grid(kernel, exponent, bits)}
+        found = detached.apply({"params": rounded}, on_grid(inputs, exponent, bits))
+        return float(jnp.mean(jnp.square(found - outputs)))
+
+    exponent, clipped = _best(bits, error, inputs, kernel)
+    terms, shared = math.prod(kernel.shape[:-1]), {"centered": layer.centered, "clipped": clipped}
+    if isinstance(layer, AdderDense):
+        return IntegerOperation("dense", exponent, terms, **shared)
+    geometry = {name: getattr(layer, name) for name in _GEOMETRY}
+    return IntegerOperation("convolution", exponent, terms, geometry=geometry, **shared)
+
+
+def _similarity_operation(
+    query_BxTxD: jax.Array, key_BxTxD: jax.Array, heads: int, bits: int
+) -> IntegerOperation:
+    B, T, D = query_BxTxD.shape
+
+    def logits(query, key):
+        query, key = (array.reshape(B, T, heads, -1) for array in (query, key))
+        scores = adder_matmul(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1))
+        return scores - jnp.mean(scores, axis=-1, keepdims=True)
+
+    wanted = logits(query_BxTxD, key_BxTxD)
+
+    def error(exponent: int) -> float:
+        found = logits(*(on_grid(array, exponent, bits) for array in (query_BxTxD, key_BxTxD)))
+        return float(jnp.mean(jnp.square(found - wanted)))
+
+    exponent, clipped = _best(bits, error, query_BxTxD, key_BxTxD)
+    return IntegerOperation("similarity", exponent, D // heads, clipped=clipped)
+
+
+def _sums(layer: nn.Module, inputs: jax.Array, templates: jax.Array) -> jax.Array:
+    """The integer sums of an adder layer, int32."""
+    if isinstance(layer, AdderDense):
+        return adder_matmul(inputs.reshape(-1, inputs.shape[-1]), templates).reshape(*inputs.shape[:-1], -1)
+    return adder_conv(inputs, templates, **{name: getattr(layer, name) for name in _GEOMETRY})
+
+
+def _adds(context: nn.module.InterceptorContext) -> bool:
+    """Whether this is the call of an adder layer of the model; one that is tried by itself has no path."""
+    layer = context.module
+    return context.method_name == "__call__" and isinstance(layer, (AdderDense, AdderConv)) and layer.path
+
+
+def _similarity_of(context: nn.module.InterceptorContext) -> AdderSelfAttention | None:
+    """The attention whose L1 similarity meets the outputs of this call, if there is one."""
+    layer, attention = context.module, context.module.parent
+    meets = context.method_name == "__call__" and layer.name in ("query", "key")
+    if meets and isinstance(attention, AdderSelfAttention) and attention.config.similarity == "l1":
+        return attention
+    return None
+
+
+def _name(module: nn.Module) -> str:
+    return "/".join(module.path)

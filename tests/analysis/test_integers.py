@@ -1,0 +1,320 @@
+"""Integer models: their sums are those of whole numbers, their grids the best, their files complete."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from adderflax import (
+    AdderConv,
+    AdderDense,
+    AdderResNet,
+    AdderResNetConfig,
+    VisionTransformer,
+    VisionTransformerConfig,
+    export,
+)
+from adderflax.analysis.integer_files import export_workdir, load_integers
+from adderflax.analysis.integers import IntegerOperation, on_grid, quantize
+from adderflax.predict import predict
+from adderflax.training.config import default_config
+from adderflax.training.restore import load_model
+from adderflax.training.trainer import train
+from adderflax.training.workdir import WorkdirError
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    dtype: str = "float32"
+
+
+class RawSums(nn.Module):
+    """An adder layer whose sums are the result."""
+
+    layer: nn.Module
+    config: Description = Description()
+
+    def __call__(self, images):
+        return self.layer(images)
+
+
+def layers(centered):
+    shared = {"normalization": "none", "centered": centered}
+    yield RawSums(AdderDense(9, **shared))
+    geometry = {"strides": (2, 1), "padding": ((1, 0), (2, 1)), "dilation": (1, 2)}
+    yield RawSums(AdderConv(6, (3, 2), feature_group_count=3, **geometry, **shared))
+
+
+def model_of(**fields):
+    config = VisionTransformerConfig.from_variant("digits", **({"arithmetic": "adder"} | fields))
+    images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
+    model = VisionTransformer(config)
+    return model, jax.jit(model.init)(jax.random.key(1), images), images
+
+
+SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24, "centered": True, "pooling": "mean"}
+
+
+def expected_integers(values, exponent, bits):
+    scaled = np.round(np.asarray(values, np.float64) / 2.0**exponent)
+    return np.clip(scaled, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int64)
+
+
+def dense_sums(x, w):
+    return -np.abs(x[..., :, None].astype(np.int64) - w.astype(np.int64)).sum(-2)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("bits", [8, 5, 2])
+def test_outputs_are_the_unit_times_the_integer_sums(bits, centered):
+    images = jax.random.normal(jax.random.key(0), (3, 7, 8, 6)) * 1.7
+    for model in layers(centered):
+        variables = model.init(jax.random.key(1), images)
+        integers = quantize(model, variables, images, bits=bits)
+        found, (name,) = integers.vectors(images), integers.operations
+        operation, kernel = integers.operations[name], variables["params"]["layer"]["adder_kernel"]
+        assert found[f"{name}/inputs"].dtype == np.int8 and found[f"{name}/sums"].dtype == np.int32
+        inputs = expected_integers(images, operation.exponent, bits)
+        np.testing.assert_array_equal(found[f"{name}/inputs"], inputs)
+        templates = expected_integers(kernel, operation.exponent, bits)
+        np.testing.assert_array_equal(integers.templates()[name], templates)
+        if operation.kind == "dense":
+            np.testing.assert_array_equal(found[f"{name}/sums"], dense_sums(inputs, templates))
+        constant = integers.constants().get(name, 0)
+        np.testing.assert_array_equal(
+            constant, np.abs(templates).reshape(-1, kernel.shape[-1]).sum(0) * centered
+        )
+        outputs = np.asarray(jax.jit(integers.apply)(images))
+        np.testing.assert_array_equal(outputs, (found[f"{name}/sums"] + constant) * 2.0**operation.exponent)
+        # And they are close to the model's own where the grid is fine.
+        if bits == 8:
+            own = np.asarray(model.apply(variables, images))
+            assert np.abs(outputs - own).max() < 0.02 * np.abs(own).max()
+
+
+def test_every_operation_of_a_transformer():
+    model, variables, images = model_of(
+        **SMALL,
+        mlp_kernel_size=3,
+        mlp_convolution="adder",
+        patch_embedding="adder",
+        head="adder",
+        stem="conv",
+    )
+    integers = quantize(model, variables, images)
+    block = [f"block_0/{name}" for name in ("attention/query", "attention/key", "attention/value")]
+    block += [f"block_0/{name}" for name in ("attention", "attention/out", "mlp/fc1", "mlp/conv", "mlp/fc2")]
+    assert set(block) < set(integers.operations)
+    adding = {path[:-1] for path in map(tuple, _paths(variables["params"])) if path[-1] == "adder_kernel"}
+    assert {"/".join(path) for path in adding} | {"block_0/attention"} == set(integers.operations)
+    found = integers.vectors(images)
+    for name, operation in integers.operations.items():
+        if operation.kind == "dense":
+            sums = dense_sums(found[f"{name}/inputs"], integers.templates()[name])
+        elif operation.kind == "similarity":
+            q, k = (found[f"{name}/{part}"].astype(np.int64) for part in ("queries", "keys"))
+            sums = -np.abs(q[:, :, None] - k[:, None]).sum(-1).transpose(0, 3, 1, 2)
+            assert operation.terms == 8
+        else:
+            assert operation.terms == integers.templates()[name][..., 0].size
+            continue
+        np.testing.assert_array_equal(found[f"{name}/sums"], sums)
+        assert found[f"{name}/sums"].min() < 0
+
+
+def test_the_integers_are_what_the_model_computes_with():
+    # fc2 by hand, from its traced integers to the block's output: s (A + constant), then the LayerNorm.
+    model, variables, images = model_of(**SMALL)
+    integers = quantize(model, variables, images, bits=4)
+    found, name = integers.vectors(images), "block_0/mlp/fc2"
+    sums = (found[f"{name}/sums"] + integers.constants()[name]) * 2.0 ** integers.operations[name].exponent
+    centered = sums - sums.mean(-1, keepdims=True)
+    norm = jax.device_get(variables["params"]["block_0"]["mlp"]["fc2"]["norm"])
+    expected = (
+        centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+    )
+    outputs = {}
+
+    def record(next_function, arguments, keywords, context):
+        result = next_function(*arguments, **keywords)
+        outputs["/".join(context.module.path)] = result
+        return result
+
+    with nn.intercept_methods(record):
+        integers.apply(images)
+    np.testing.assert_allclose(outputs[name], expected, atol=1e-5)
+
+
+def _paths(tree):
+    return [[key.key for key in path] for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def test_more_bits_come_closer():
+    model, variables, images = model_of(**SMALL)
+    own = model.apply(variables, images)
+    error = {
+        bits: np.abs(quantize(model, variables, images, bits=bits).apply(images) - own).max()
+        for bits in (2, 4, 6, 8)
+    }
+    assert error[8] < error[6] < error[4] < error[2]
+    assert error[8] < 0.2 * error[4]
+
+
+def test_grids_are_chosen_by_what_they_do_to_the_outputs():
+    images = jax.random.normal(jax.random.key(0), (64, 32))
+    model = RawSums(AdderDense(16))
+    variables = model.init(jax.random.key(1), images)
+    layer = variables["params"]["layer"]
+    own = np.asarray(model.apply(variables, images))
+
+    def error(exponent, bits):
+        params = {"layer": layer | {"adder_kernel": on_grid(layer["adder_kernel"], exponent, bits)}}
+        return np.square(
+            np.asarray(model.apply({"params": params}, on_grid(images, exponent, bits))) - own
+        ).mean()
+
+    for bits in (2, 3, 4, 8):
+        chosen = quantize(model, variables, images, bits=bits).operations["layer"].exponent
+        # All that could be meant, from one level to nothing but the ends.
+        assert chosen == min(range(-8, 4), key=lambda exponent: error(exponent, bits))
+
+
+def test_the_share_that_is_cut_off():
+    # One template of 1.0: at 8 bits 2^-6 holds it, and of the inputs 127 / 64 = 1.984 is the last.
+    model = RawSums(AdderDense(1, normalization="none", kernel_init=nn.initializers.ones))
+    images = jnp.asarray([[1.0], [0.5], [-1.25], [1.9921], [1.9922], [-2.0078], [-2.0079]])
+    variables = model.init(jax.random.key(0), images)
+    operation = quantize(model, variables, images).operations["layer"]
+    beyond = {-6: 2, -5: 0}[operation.exponent]
+    assert operation.clipped == pytest.approx(beyond / 8)
+
+
+def test_accumulators_hold_the_largest_sum_and_are_no_wider():
+    for terms, bits in ((1, 2), (9, 8), (192, 4), (257, 8)):
+        width = IntegerOperation("dense", 0, terms).accumulator_bits(bits)
+        largest = terms * (2**bits - 1)
+        assert -(2 ** (width - 1)) <= -largest and largest <= 2 ** (width - 1) - 1
+        assert largest > 2 ** (width - 2) - 1
+
+
+def test_a_residual_network():
+    config = AdderResNetConfig(blocks=1, image_size=8)
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    model = AdderResNet(config)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    # A fresh network ends in zeros.
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim else leaf, variables)
+    integers = quantize(model, variables, images)
+    assert {operation.kind for operation in integers.operations.values()} == {"convolution"}
+    own = model.apply(variables, images)
+    assert np.abs(integers.apply(images) - own).max() < 0.1 * np.abs(own).max()
+
+
+def test_rematerialization_and_bfloat16_are_left_out():
+    model, variables, images = model_of(**SMALL)
+    plain = quantize(model, variables, images)
+    other = VisionTransformer(dataclasses.replace(model.config, remat=True, dtype="bfloat16"))
+    np.testing.assert_array_equal(quantize(other, variables, images).apply(images), plain.apply(images))
+
+
+def test_what_cannot_be_made_of_integers():
+    model, variables, images = model_of(**SMALL)
+    for bits in (1, 9, True, 8.5):
+        with pytest.raises(ValueError, match="bits=.* is not known; choose one of 2, 3, 4, 5, 6, 7, 8"):
+            quantize(model, variables, images, bits=bits)
+    twin, variables, images = model_of(**(SMALL | {"arithmetic": "multiply"}))
+    with pytest.raises(ValueError, match="no adder layer and no L1 similarity"):
+        quantize(twin, variables, images)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of two steps on the digits, in bfloat16."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {"batch_size": 32, "total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2}
+        | {f"model.{name}": value for name, value in SMALL.items()}
+        | {"model.dtype": "bfloat16"}
+    )
+    path = tmp_path_factory.mktemp("integers") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        train(config, path, progress=False)
+    return path
+
+
+def test_files(workdir, tmp_path, capsys):
+    directory = tmp_path / "int8"
+    export.main([str(workdir), str(directory), "--calibration=40", "--vectors=3", "--evaluate", "--json"])
+    description = json.loads(capsys.readouterr().out)
+    assert description == json.loads((directory / "integers.json").read_text())
+    assert (description["bits"], description["test_examples"]) == (8, 359)
+    arrays, vectors = (dict(np.load(directory / f"{name}.npz")) for name in ("integers", "vectors"))
+    assert {array.dtype.name for name, array in arrays.items() if name.endswith("adder_kernel")} == {"int8"}
+    assert arrays["constants/block_0/mlp/fc2"].dtype == np.int32
+    entry = next(entry for entry in description["operations"] if entry["name"] == "block_0/mlp/fc2")
+    assert (entry["kind"], entry["terms"], entry["accumulator_bits"], entry["centered"]) == (
+        "dense",
+        24,
+        14,
+        True,
+    )
+    sums = dense_sums(vectors["block_0/mlp/fc2/inputs"], arrays["params/block_0/mlp/fc2/adder_kernel"])
+    np.testing.assert_array_equal(vectors["block_0/mlp/fc2/sums"], sums)
+    # What is read again has the same bits, and the command for predictions takes it.
+    integers, info = load_integers(directory)
+    images = (vectors["images"] / 255.0 - np.asarray(info.mean)) / np.asarray(info.std)
+    np.testing.assert_allclose(integers.apply(jnp.float32(images)), vectors["logits"], atol=1e-4)
+    (probabilities,) = predict(directory, vectors["images"][:1])
+    exponentials = np.exp(vectors["logits"][0] - vectors["logits"][0].max())
+    expected = dict(zip(info.class_names, exponentials / exponentials.sum()))
+    assert probabilities == pytest.approx(expected, abs=1e-4)
+    # The reported accuracies are those of the two models on the test part.
+    model, variables, _ = load_model(workdir)
+    own = quantize(model, variables, jnp.float32(images)).model.apply(variables, jnp.float32(images))
+    assert np.abs(np.asarray(own) - vectors["logits"]).max() < 0.3
+    assert abs(description["test_accuracy_float"] - description["test_accuracy_integer"]) < 0.05
+
+
+def test_the_table(workdir, tmp_path, capsys):
+    export.main([str(workdir), str(tmp_path / "int4"), "--bits=4", "--calibration=8", "--vectors=1"])
+    printed = capsys.readouterr().out
+    assert "block_0/attention               similarity" in printed
+    assert "test images" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits=9"], "bits=9 is not known"),
+        (["--calibration=0"], "calibration=0 images cannot be taken from the train part of digits"),
+        (["--vectors=360"], "vectors=360 images cannot be taken from the test part of digits, which has 359"),
+    ],
+)
+def test_mistakes(workdir, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        export.main([str(workdir), str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(workdir):
+    before = (Path(workdir) / "config.json").read_text()
+    with pytest.raises(SystemExit, match="is not an empty directory; choose another"):
+        export.main([str(workdir), str(workdir)])
+    assert (Path(workdir) / "config.json").read_text() == before
+
+
+def test_damaged_files(workdir, tmp_path):
+    export_workdir(workdir, tmp_path, calibration=8, vectors=1)
+    description = json.loads((tmp_path / "integers.json").read_text())
+    (tmp_path / "integers.json").write_text(json.dumps(description | {"format": 2}))
+    with pytest.raises(WorkdirError, match="its format is 2, and this version reads 1"):
+        load_integers(tmp_path)
+    (tmp_path / "integers.json").write_text(json.dumps(description))
+    (tmp_path / "integers.npz").write_bytes((tmp_path / "integers.npz").read_bytes()[:100])
+    with pytest.raises(WorkdirError, match="cannot be read as an integer model"):
+        load_integers(tmp_path)
