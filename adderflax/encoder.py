@@ -16,6 +16,7 @@ from adderflax.layers import (
     GradientRule,
     MultiplyConv,
     MultiplyDense,
+    is_count,
     layer_norm,
     require_choice,
     require_normalization,
@@ -42,6 +43,7 @@ class EncoderConfig:
         in LocalViT (Li et al. 2021, "LocalViT: Bringing Locality to Vision Transformers"). The tokens must be
         those of a square image in reading order, without a class token.
       mlp_convolution: arithmetic of that convolution, "adder" or "multiply"; None means that of `linear`.
+        Without a convolution it must be None.
       linear: arithmetic of the query, key, value, fc1 and fc2 projections, "adder" or "multiply".
       output_projection: arithmetic of the attention's output projection.
       similarity: "l1" for ``-sum_c |q_c - k_c|`` or "dot" for ``q . k``.
@@ -113,9 +115,16 @@ class EncoderConfig:
             )
         if self.mlp_dim is not None and self.mlp_dim < 1:
             raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or None for 4 * embed_dim.")
-        if self.mlp_kernel_size is not None and (self.mlp_kernel_size < 1 or self.mlp_kernel_size % 2 == 0):
+        size = self.mlp_kernel_size
+        if size is not None and not (is_count(size) and size % 2):
             raise ValueError(
-                f"mlp_kernel_size={self.mlp_kernel_size} must be odd, as 3 or 5, or None for no convolution."
+                f"mlp_kernel_size={size!r} must be an odd whole number, as 3 or 5, or None, which has no"
+                " convolution."
+            )
+        if size is None and self.mlp_convolution is not None:
+            raise ValueError(
+                f"mlp_convolution={self.mlp_convolution!r} is of a convolution that is not there: set"
+                " mlp_kernel_size, as 3, or leave mlp_convolution unset."
             )
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")

@@ -33,6 +33,11 @@ def require_choice(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.")
 
 
+def is_count(value: Any) -> bool:
+    """Whether `value` is a whole number, 1 or more; True and 3.0 are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
 def require_normalization(normalization: str, power_activation: bool) -> None:
     """Raises a ValueError unless the normalization is known and there is one where the power needs it."""
     require_choice("normalization", normalization, NORMALIZATIONS)
@@ -165,8 +170,7 @@ class AdderConv(nn.Module):
 
 def _require_layer(layer: AdderDense | AdderConv) -> None:
     require_normalization(layer.normalization, layer.power_activation)
-    whole = isinstance(layer.features, numbers.Integral) and not isinstance(layer.features, bool)
-    if not whole or layer.features < 1:
+    if not is_count(layer.features):
         raise ValueError(f"features={layer.features!r} must be a whole number, 1 or more, of outputs.")
 
 

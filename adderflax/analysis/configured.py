@@ -81,9 +81,9 @@ def configured_model(config: ConfigDict) -> ModelConfig:
 
 def multiplying_twin(model: ModelConfig) -> ModelConfig:
     """The same model with multiplications everywhere and all else equal."""
-    names = {field.name for field in dataclasses.fields(model)}
-    multiplying = {name: value for name, value in _MULTIPLYING.items() if name in names}
-    return dataclasses.replace(model, **multiplying)
+    # One that is None follows `linear`, or belongs to a convolution that is not there.
+    chosen = (name for name in _MULTIPLYING if getattr(model, name, None) is not None)
+    return dataclasses.replace(model, **{name: _MULTIPLYING[name] for name in chosen})
 
 
 @functools.lru_cache(maxsize=16)
