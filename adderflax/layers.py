@@ -38,6 +38,14 @@ def is_count(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
 
 
+def require_pair(name: str, value: Any) -> None:
+    """Raises a ValueError that names the field, unless `value` is two whole numbers, each 1 or more."""
+    if not hasattr(value, "__len__") or len(value) != 2 or not all(map(is_count, value)):
+        raise ValueError(
+            f"{name}={value!r} must be a pair of whole numbers, 1 or more, for height and width, as (3, 3)."
+        )
+
+
 def require_normalization(normalization: str, power_activation: bool) -> None:
     """Raises a ValueError unless the normalization is known and there is one where the power needs it."""
     require_choice("normalization", normalization, NORMALIZATIONS)
@@ -149,6 +157,8 @@ class AdderConv(nn.Module):
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
         """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
         _require_layer(self)
+        for name in ("kernel_size", "strides", "dilation"):
+            require_pair(name, getattr(self, name))
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)

@@ -192,6 +192,14 @@ def test_features_are_at_least_one(layer, features):
         layer(features).init(jax.random.key(0), tokens((2, 3, 3, 8)))
 
 
+@pytest.mark.parametrize("name", ["kernel_size", "strides", "dilation"])
+@pytest.mark.parametrize("value", [3, (3,), (3, 0), (3.0, 3), (True, 3), "33"], ids=repr)
+def test_the_window_of_a_convolution_is_given_in_pairs(name, value):
+    layer = AdderConv(**{"features": 8, "kernel_size": (3, 3)} | {name: value})
+    with pytest.raises(ValueError, match=rf"^{name}=.* must be a pair of whole numbers.*, as \(3, 3\)\."):
+        layer.init(jax.random.key(0), tokens((1, 4, 4, 8)))
+
+
 def test_a_wrong_rule_is_told_by_the_layers_name_for_it():
     with pytest.raises(ValueError, match="grad_kernel: unknown gradient rule 'fulll'.*'?hardtanh:4"):
         AdderDense(3, grad_kernel="fulll").init(jax.random.key(0), tokens())
