@@ -97,6 +97,10 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
             ["--config=configs/cifar10_adder_vit.py:nosuch"],
             "='nosuch' is not known; choose one of 'adder', 'multiply', 'vit', 'custom', 'taught'.",
         ),
+        (
+            ["--config.model.implementation=gpu"],
+            "='gpu' does not run on this platform, cpu: choose one of 'refe",
+        ),
         (["--config.data.image_size=9"], "image_size=9 is not a multiple of patch_size=4"),
         (["--config.batch_size=5000"], "batch_size=5000"),
         (["--data_dir=sets"], "--data_dir goes with --eval_only. To train, set --config.data.data_dir"),

@@ -27,6 +27,11 @@ from adderflax.training.state import abstract_state
 WEIGHTS = "weights.npz"
 
 
+def implementations_here() -> tuple[str, ...]:
+    """The operator implementations that this machine's platform can run."""
+    return available_implementations(jax.default_backend().replace("gpu", "cuda"))
+
+
 def config_here(workdir: str | Path) -> dict[str, Any]:
     """The configuration that a workdir was begun with, without what belongs to the machine it was trained on.
 
@@ -34,8 +39,7 @@ def config_here(workdir: str | Path) -> dict[str, Any]:
     """
     saved = workdir_lib.read_config(workdir)
     model = saved.get("model", {})
-    platform = jax.default_backend().replace("gpu", "cuda")
-    if model.get("implementation") not in (None, *available_implementations(platform)):
+    if model.get("implementation") not in (None, *implementations_here()):
         model = model | {"implementation": None}
     return saved | {"mesh": {}, "model": model}
 

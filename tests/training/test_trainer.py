@@ -361,6 +361,10 @@ def test_the_average_is_evaluated(finished):
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
         ({"model.grad_inputs": "hardtahn"}, "grad_inputs.*hardtahn"),
         ({"model.implementation": "fast"}, "implementation='fast' is not known"),
+        (
+            {"model.implementation": "tpu"},
+            "implementation='tpu' does not run .*, cpu: choose one of 'reference'",
+        ),
         ({"model.mlp_dim": -5}, "mlp_dim=-5 must be at least 1"),
         ({"model.grad_inputs": "hardtanh:x"}, "grad_inputs: the slope .* got 'x'"),
     ],
