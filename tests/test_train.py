@@ -145,7 +145,13 @@ def test_real_images(tmp_path, config, overrides, examples):
 
 def test_missing_configuration():
     assert "--config is missing" in error()
-    assert "no_such.py" in error("--config", "configs/no_such.py")
+    assert "no configuration file configs/no_such.py" in error("--config", "configs/no_such.py")
+
+
+def test_a_mistake_in_the_configuration(tmp_path):
+    file = tmp_path / "half_written.py"
+    file.write_text("def get_config(:\n")
+    assert error("--config", str(file)) == f"error: {file} line 1: invalid syntax."
 
 
 def test_missing_data_set(tmp_path):

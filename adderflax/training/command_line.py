@@ -1,8 +1,10 @@
 """``--config FILE[:argument] --config.a.b=value``, with mistakes told in one paragraph."""
 
+import difflib
 import re
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -24,27 +26,17 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
     Raises:
       ConfigError: a flag or a field is unknown, a value has the wrong type, or the file cannot be loaded.
     """
+    _require_file(holder.name, command)
     try:
         rest = values(command)
         # A file that cannot be loaded is only reported when something of it is read.
         getattr(holder.value, "model", None)
         return rest
-    except (AttributeError, KeyError) as error:
-        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-            raise  # a mistake inside the configuration file: its author needs the traceback
-        # ml_collections quotes the unknown name first, then proposes the nearest one that exists.
-        words = re.findall(r"\w+", str(error.args[0]).replace("\\n", " "))
-        proposal = f" Did you mean {words[4]!r}?" if "mean" in words else ""
-        message = f"The configuration has no field {words[0]!r}.{proposal}"
-    except (flags.Error, OSError, ValueError) as error:
-        flag, _, failure = str(error).partition(" Error whilst parsing config file:")
-        # What the file itself refused is told in the last line, behind the way through this library.
-        _, refused, reason = failure.rstrip().rpartition("\nValueError: ")
-        text = f"{flag} {reason}" if refused else str(error)
-        message = f"{' '.join(text.split()).rstrip('.')}."
-    raise ConfigError(
-        f"{message} The fields are described in adderflax/training/config.py; --help shows the flags."
-    )
+    except Exception as error:
+        message = _inside_the_file(error, f"{holder.name}_config") or _outside_of_it(error)
+        if not message:
+            raise
+        raise ConfigError(message) from error
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -62,3 +54,62 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
     parse(values, holder, command)
     return holder.value
+
+
+def _require_file(flag: str, command: Sequence[str]) -> None:
+    """Raises a ConfigError if the file that `flag` names in `command` is not there."""
+    for word, following in zip(command, (*command[1:], "")):
+        name, given, value = word.partition("=")
+        file = Path((value if given else following).partition(":")[0])
+        if name not in (f"-{flag}", f"--{flag}") or file == Path() or file.is_file():
+            continue
+        there = {path.stem: str(path) for path in sorted(Path("configs").glob("*.py"))}
+        near = difflib.get_close_matches(file.stem, there, n=1, cutoff=0.5)
+        proposal = f" Did you mean {there[near[0]]}? There are {', '.join(there.values())}." if near else ""
+        raise ConfigError(f"There is no configuration file {file}, seen from {Path.cwd()}.{proposal}")
+
+
+def _inside_the_file(error: BaseException | None, module: str) -> str:
+    """Which line of the configuration file, loaded as `module`, failed and why; empty where none did."""
+    while error is not None:
+        frames = traceback.walk_tb(error.__traceback__)
+        places = [(f.f_code.co_filename, line) for f, line in frames if f.f_globals.get("__name__") == module]
+        if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
+            places, reason = [(error.filename, error.lineno)], error.msg
+        elif places:
+            # A ValueError is a refusal in words of its own.
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            reason = _unknown_field(error) or f"{kind}{' '.join(str(error).split())}"
+        if places:
+            file, line = places[-1]
+            return f"{file} line {line}: {reason}{'' if reason.endswith(('.', '?')) else '.'}"
+        # What refuses a value of a flag hides what the file raised.
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _outside_of_it(error: Exception) -> str:
+    """What is wrong with flags and fields; empty where it is something else."""
+    message = _unknown_field(error)
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        message = f"{error.obj.__file__} defines no get_config(), which returns the configuration."
+    elif isinstance(error, (flags.Error, OSError, ValueError)):
+        flag, failed, failure = str(error).partition(" Error whilst parsing config file:")
+        # The reason is the last line of a traceback, behind the way through this library.
+        text = f"{flag} {failure.rpartition('Error: ')[2]}" if failed else flag
+        message = f"{' '.join(text.split()).rstrip('.')}."
+    described = "The fields are described in adderflax/training/config.py; --help shows the flags."
+    return message and f"{message} {described}"
+
+
+def _unknown_field(error: Exception) -> str:
+    """Names the field that a ConfigDict does not have; empty where the error is another one."""
+    raised_by = traceback.extract_tb(error.__traceback__)[-1].filename
+    if not isinstance(error, (AttributeError, KeyError)) or "ml_collections" not in raised_by:
+        return ""
+    # ml_collections quotes the unknown name first, then proposes the nearest one that exists.
+    text = str(error.args[0]).replace("\\n", " ")
+    proposal = re.search(r"you mean \W*(\w+)", text)
+    name = re.search(r"(?:Key \W*)?(\w+)", text)[1]
+    proposed = f" Did you mean {proposal[1]!r}?" if proposal else ""
+    return f"The configuration has no field {name!r}.{proposed}"

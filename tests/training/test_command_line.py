@@ -1,0 +1,75 @@
+"""Configuration files that cannot be loaded: one line says which line of which file, and why."""
+
+import sys
+
+import pytest
+
+from adderflax.training.command_line import load_config
+from adderflax.training.config import ConfigError
+
+BEGIN = """
+from adderflax.training.config import default_config
+def get_config():
+    config = default_config()
+"""
+
+
+def refusal(file, *overrides):
+    with pytest.raises(ConfigError) as refused:
+        load_config(str(file), overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = (\n", "line 1: '(' was never closed."),
+        ("\nimport no_such_module", "line 2: ModuleNotFoundError: No module named 'no_such_module'."),
+        (BEGIN + "    config.seed = three", "line 5: NameError: name 'three' is not defined."),
+        (BEGIN + "    config.seed = 'x'", "line 5: TypeError: Could not override field 'seed'"),
+        (BEGIN + "    open('/no/file')", "line 5: FileNotFoundError: [Errno 2] No such file"),
+        (
+            BEGIN + "    config.model.depht.x",
+            "line 5: The configuration has no field 'depht'. Did you mean 'depth'?",
+        ),
+        (
+            BEGIN + "    config.lock(); config.sed = 1",
+            "line 5: The configuration has no field 'sed'. Did you mean",
+        ),
+        (BEGIN + "    raise ValueError('too late')", "line 5: too late."),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path, text, told):
+    file = tmp_path / "mistaken.py"
+    file.write_text(text)
+    assert refusal(file, "--config.seed=1").startswith(f"{file} {told}")
+
+
+def test_what_is_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    file = tmp_path / "empty.py"
+    file.write_text("")
+    assert f"{file} defines no get_config()" in refusal(file)
+    file.write_text("def get_config(): pass")
+    assert f"{file}:vit: get_config() takes 0 positional arguments but 1 was given." in refusal(f"{file}:vit")
+
+
+def test_a_file_that_is_not_there(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    told = refusal("configs/digits_adder_vt.py:multiply", "--config.seed=1")
+    assert told.startswith(
+        f"There is no configuration file configs/digits_adder_vt.py, seen from {root}. Did"
+    )
+    assert "Did you mean configs/digits_adder_vit.py? There are configs/cifar100_adder_vit.py, " in told
+    assert (
+        refusal(tmp_path / "my.py") == f"There is no configuration file {tmp_path}/my.py, seen from {root}."
+    )
+
+
+def test_mistakes_on_the_command_line(root):
+    file = root / "configs" / "digits_adder_vit.py"
+    assert refusal(file, "--config.sed=1").startswith(
+        "The configuration has no field 'sed'. Did you mean 'seed'?"
+    )
+    assert refusal(file, "--config.seed=x").startswith("flag --config.seed=x: invalid literal for int()")
