@@ -96,7 +96,7 @@ def prepare_in_child(name: str, data_dir: str | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prepares the set that the command line names; the reason of a failure goes to stdout."""
+    """Prepares the set that the command line names; stdout gets what is where, or the reason of a failure."""
     parser = argparse.ArgumentParser(
         prog="python -m adderflax.data.prepare",
         description="Download and prepare a tensorflow-datasets image set for training.",
@@ -107,17 +107,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # tensorflow-datasets reports its progress on both streams.
         with contextlib.redirect_stdout(sys.stderr):
-            _prepare(options.name, options.data_dir)
+            builder = _prepare(options.name, options.data_dir)
     except KeyboardInterrupt:
         print("it was interrupted")
     except Exception as error:  # Whatever went wrong inside is told in one sentence.
         print(_one_line(error))
     else:
+        splits = (f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items())
+        print(f"{options.name} is ready in {builder.data_path}: {', '.join(splits)} images")
         return 0
     return _FAILED
 
 
-def _prepare(name: str, data_dir: str | None) -> None:
+def _prepare(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     # TensorFlow must not take memory of an accelerator that trains; this comes before anything
     # that could load it.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -135,6 +137,7 @@ def _prepare(name: str, data_dir: str | None) -> None:
         tf.config.set_visible_devices([], kind)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     builder.download_and_prepare(file_format="array_record")
+    return builder
 
 
 def _require_network(urls: dict[str, object]) -> None:

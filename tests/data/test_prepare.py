@@ -117,6 +117,7 @@ def test_prepares_and_reads_a_set(tmp_path, root):
     assert done.stdout.splitlines() == [
         "preparing it failed with OSError: the download broke off",
         "3 []",
+        f"tiny_pictures is ready in {directory}/tiny_pictures/1.0.0: train 20, test 6 images",
         "0 ['1.0.0']",
     ]
     assert "Dataset tiny_pictures downloaded and prepared" in done.stderr
