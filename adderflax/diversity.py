@@ -38,9 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="DIR", help="write figures, singular values and pictures there")
     arguments = parser.parse_args(argv)
     profiling.keep_compiled_programs()
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened to read is read-only
     try:
         found, images = measure_workdir(
             arguments.workdir,

@@ -66,10 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object an image")
     arguments = parser.parse_args(argv)
     profiling.keep_compiled_programs()
-    from absl import logging
     from PIL import Image
 
-    logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened for reading is read-only
     images, unreadable = [], []
     for path in arguments.image:
         try:

@@ -222,11 +222,8 @@ def export(workdir: Path, file: Path) -> None:
     Raises:
       KitError: the file is too large to be brought back, or a weight too large for float16.
     """
-    from absl import logging
-
     from adderflax.training.restore import write_weights
 
-    logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened for reading is read-only
     try:
         write_weights(workdir, file)
     except ValueError as error:

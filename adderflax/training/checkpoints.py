@@ -13,6 +13,7 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
@@ -61,19 +62,22 @@ class Checkpointer:
                 ),
             ]
         )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation,
-            best_fn=_ranking,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-            # A reader leaves damaged checkpoints where they are: orbax must not read their figures.
-            lightweight_initialize=read_only,
-            # A kill between two deleted files must not leave something that looks like a checkpoint.
-            todelete_subdir=_REMOVED,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-        )
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "data"))
+        with _silent_about_readers() if read_only else contextlib.nullcontext():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation,
+                best_fn=_ranking,
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+                # A reader leaves damaged checkpoints where they are: orbax must not read their figures.
+                lightweight_initialize=read_only,
+                # A kill between two deleted files must not leave something that looks like a checkpoint.
+                todelete_subdir=_REMOVED,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            )
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_names=("state", "data")
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -242,3 +246,14 @@ class Checkpointer:
 
 def _ranking(metrics: dict[str, float]) -> float:
     return metrics[BEST_METRIC]
+
+
+@contextlib.contextmanager
+def _silent_about_readers() -> Iterator[None]:
+    """Keeps orbax from warning, three times, that a directory which was opened to read is read-only."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

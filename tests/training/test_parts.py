@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
@@ -54,6 +55,17 @@ def test_a_checkpoint_older_than_a_field_of_the_state(tmp_path):
         np.testing.assert_array_equal(restored["w"], jnp.arange(3))
         with pytest.raises(ValueError, match="younger"):
             checkpointer.restore_state(state | {"younger": jnp.zeros(3)})
+
+
+def test_a_reader_warns_of_nothing_and_leaves_the_verbosity(tmp_path, caplog):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": jnp.zeros(3)}, batches(), None)
+    caplog.clear()
+    logging.set_verbosity(logging.WARNING)  # absl's default, which commands change
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        checkpointer.restore_state({"w": jnp.zeros(3)})
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+    assert logging.get_verbosity() == logging.WARNING
 
 
 def test_without_validation_the_newest_are_kept(tmp_path):
