@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from adderflax import AdderConv, AdderDense, AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
+from adderflax.encoder import convolution
 from adderflax.layers import MultiplyConv, signed_power
 
 SMALL = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=12, implementation="reference")
@@ -370,6 +371,20 @@ def test_mlp_convolution_formula(linear):
     gelu = np.asarray(nn.gelu(jnp.asarray(hidden, jnp.float32)), np.float64)
     np.testing.assert_allclose(module.apply(variables, x), linear_layer(gelu, "fc2"), atol=1e-4)
     assert "conv" not in AdderMlp(without).init(jax.random.key(0), x)["params"]
+
+
+@pytest.mark.parametrize("arithmetic", ["adder", "multiply"])
+def test_a_convolution_is_what_the_configuration_describes(arithmetic):
+    fields = {"power_activation": True, "centered": True, "implementation": "xla", "grad_kernel": "sign"}
+    config = dataclasses.replace(
+        SMALL, **fields, grad_inputs="full", layer_norm_epsilon=1e-3, dtype="bfloat16"
+    )
+    layer = convolution(config, arithmetic, 6, 5, "conv", stride=2, feature_group_count=3)
+    fields |= {"grad_x": "full", "normalization": "layer"}
+    expected = {"epsilon": 1e-3, "dtype": jnp.bfloat16, "features": 6, "name": "conv", "strides": (2, 2)}
+    expected |= {"kernel_size": (5, 5), "padding": ((2, 2), (2, 2)), "feature_group_count": 3}
+    expected |= fields if arithmetic == "adder" else {}
+    assert {name: getattr(layer, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8), (9, 8)])

@@ -158,6 +158,9 @@ def test_missing_data_set(tmp_path):
     places = [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={tmp_path}"]
     message = error("--config", "configs/cifar10_adder_vit.py", *places)
     assert "cifar10" in message and "configs/digits_adder_vit.py" in message
+    # A finished run, on a machine that keeps its sets elsewhere.
+    message = error("--workdir=weights/cifar10_twin", "--eval_only", f"--data_dir={tmp_path / 'sets'}")
+    assert f"data.data_dir='{tmp_path / 'sets'}'" in message
 
 
 def test_a_workdir_without_a_run(tmp_path):

@@ -132,6 +132,8 @@ def test_depthwise_convolutions_are_converted():
     params = warm(twin, adder)
     assert params["block_0"]["mlp"]["conv"]["adder_kernel"].shape == (3, 3, 1, 128)
     wanted, found = layer_outputs(twin, trained(twin)), layer_outputs(adder, params)
+    with pytest.raises(ValueError, match="mlp_kernel_size is 3 there and None here"):
+        warm(twin, dataclasses.replace(adder, mlp_kernel_size=None))
     layer = "block_0/mlp/conv"
     np.testing.assert_allclose(found[layer].std(0), wanted[layer].std(0), atol=1e-3)
     # Measured: 0.77. What all outputs of a dense layer share, and its LayerNorm takes out, differs here.
