@@ -40,9 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = vars(parser.parse_args(argv))
     as_json = arguments.pop("json")
     profiling.keep_compiled_programs()
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)  # orbax warns that a directory opened to read is read-only
     try:
         description = export_workdir(**arguments)
     except (ConfigError, DatasetNotReadyError, ImportError, OSError, ValueError, WorkdirError) as error:
