@@ -95,7 +95,7 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
         (["--config.model.arithmetic=add"], "arithmetic='add' is not known; choose one of 'adder'"),
         (
             ["--config=configs/cifar10_adder_vit.py:nosuch"],
-            "='nosuch' is not known; choose one of 'adder', 'multiply', 'vit', 'custom', 'taught'.",
+            "='nosuch' is not known; choose one of 'adder', 'multiply', 'vit', 'custom', 'taught', 'warm'.",
         ),
         (
             ["--config.model.implementation=gpu"],

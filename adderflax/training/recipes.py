@@ -46,11 +46,11 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
     Args:
       name: "cifar10" or "cifar100".
       arithmetic: "adder", "multiply", "vit" or "custom"; or "taught", the adder model that learns from its
-        finished twin besides the labels.
+        finished twin besides the labels; or "warm", the same from that twin's converted weights, in two epochs.
     """
-    require_choice("arithmetic", arithmetic, (*PRESETS, "custom", "taught"))
-    config = default_config("adder" if arithmetic == "taught" else arithmetic)
-    if arithmetic == "taught":
+    require_choice("arithmetic", arithmetic, (*PRESETS, "custom", "taught", "warm"))
+    config = default_config("adder" if arithmetic in ("taught", "warm") else arithmetic)
+    if arithmetic in ("taught", "warm"):
         config.distillation.teacher = f"runs/{name}_adder_vit-multiply"
         config.distillation.features = 1.0
         config.distillation.soft_labels = 0.5
@@ -83,7 +83,24 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
     config.eval_every = 1910
     config.checkpoint_every = 1910
     config.log_every = 50
+    if arithmetic == "warm":
+        _make_short(config)
     return config
+
+
+def _make_short(config: ConfigDict) -> None:
+    """Begins with the teacher's weights, which leave little to learn and nothing to regularize."""
+    config.warm_start.source = config.distillation.teacher
+    config.batch_size = 64
+    config.epochs = 2.0
+    config.optimizer.learning_rate = 5e-4
+    config.ema_decay = 0.995
+    config.augment.mixup_alpha = 0.0
+    config.augment.cutmix_alpha = 0.0
+    config.augment.label_smoothing = 0.0
+    config.eval_every = 300
+    config.checkpoint_every = 150
+    config.log_every = 25
 
 
 def _regularize(config: ConfigDict) -> None:
