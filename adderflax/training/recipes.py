@@ -46,7 +46,8 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
     Args:
       name: "cifar10" or "cifar100".
       arithmetic: "adder", "multiply", "vit" or "custom"; or "taught", the adder model that learns from its
-        finished twin besides the labels; or "warm", the same from that twin's converted weights, in two epochs.
+        finished twin besides the labels; or "warm", the same from that twin's converted weights, in two
+        epochs.
     """
     require_choice("arithmetic", arithmetic, (*PRESETS, "custom", "taught", "warm"))
     config = default_config("adder" if arithmetic in ("taught", "warm") else arithmetic)

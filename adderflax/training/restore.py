@@ -20,7 +20,7 @@ from adderflax.operators import available_implementations
 from adderflax.training import sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
-from adderflax.training.config import RunConfig
+from adderflax.training.config import ConfigError, RunConfig
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.state import abstract_state
 
@@ -30,6 +30,16 @@ WEIGHTS = "weights.npz"
 def implementations_here() -> tuple[str, ...]:
     """The operator implementations that this machine's platform can run."""
     return available_implementations(jax.default_backend().replace("gpu", "cuda"))
+
+
+def require_implementation(run: RunConfig) -> None:
+    """Raises a ConfigError if a run names an operator implementation that this machine's platform lacks."""
+    implementation, here = run.model.get("implementation"), implementations_here()
+    if implementation not in (None, *here):
+        raise ConfigError(
+            f"model.implementation={implementation!r} does not run on this platform, {jax.default_backend()}:"
+            f" choose one of {', '.join(map(repr, here))}, or leave it unset, which takes the fastest."
+        )
 
 
 def config_here(workdir: str | Path) -> dict[str, Any]:

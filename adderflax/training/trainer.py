@@ -20,7 +20,7 @@ from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.preemption import StopSignals
-from adderflax.training.restore import WEIGHTS, config_here, data_from, implementations_here, load_model
+from adderflax.training.restore import WEIGHTS, config_here, data_from, load_model, require_implementation
 from adderflax.training.state import (
     TrainState,
     abstract_state,
@@ -51,7 +51,7 @@ class Trainer:
           adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
         """
         self.config = RunConfig.parse(config)
-        _require_implementation(self.config)
+        require_implementation(self.config)
         self.mesh = _make_mesh(self.config)
         try:
             self.dataset = distributed.first_process_first(
@@ -380,15 +380,6 @@ def _require_divisible(run: RunConfig) -> None:
         sharding.require_divisible(run.batch_size, _make_mesh(run), run.accumulation_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _require_implementation(run: RunConfig) -> None:
-    implementation, here = run.model.get("implementation"), implementations_here()
-    if implementation not in (None, *here):
-        raise ConfigError(
-            f"model.implementation={implementation!r} does not run on this platform, {jax.default_backend()}:"
-            f" choose one of {', '.join(map(repr, here))}, or leave it unset, which takes the fastest."
-        )
 
 
 def _last_speed(workdir: Path) -> float | None:
