@@ -13,9 +13,10 @@ trains one run after the other, each for its number of epochs, stops by SIGTERM 
 
     python3 -m benchmarks.device_cifar train --seconds 510 multiply=50 taught=50
 
-The runs are "multiply", the twin; "adder"; and "taught", the adder model that learns from the finished twin
-besides the labels. All start from random weights. The finished twin of the recipe is weights/cifar10_twin:
-with `taught=80 --config.distillation.teacher=weights/cifar10_twin` a lease is the adder model's alone.
+The runs are "multiply", the twin; "adder"; "taught", the adder model that learns from the finished twin
+besides the labels; and "warm", which begins with that twin's converted weights where the others are random.
+The finished twin of the recipe is weights/cifar10_twin: with
+`taught=80 --config.distillation.teacher=weights/cifar10_twin` a lease is the adder model's alone.
 
 After each call $OUT holds, of every model that it trained, the evaluated weights of the newest checkpoint
 (float16, under 16 MiB) and the run's metrics.jsonl, summary.json and other small files. It does not hold
@@ -53,7 +54,9 @@ KIT = REPOSITORY / ".device"
 FAR = Path(os.environ.get("ADDERFLAX_DEVICE_DIR", "/var/tmp/adderflax"))
 CONFIG = "configs/cifar10_adder_vit.py"
 MODELS = {"multiply": f"{CONFIG}:multiply", "adder": CONFIG}
-RUNS = MODELS | {"taught": f"{CONFIG}:taught"}
+PUPILS = {"taught": f"{CONFIG}:taught", "warm": f"{CONFIG}:warm"}
+RUNS = MODELS | PUPILS
+_TEACHER = "distillation.teacher"
 RETURNED = 16 * MIB  # a file that a call brings back
 CHECKS = ("check-forward", "check-gradient_x", "check-gradient_y", "check-attention")
 WORKERS = 12  # of the machine's 16 cores
@@ -185,7 +188,11 @@ def train(seconds: float, runs: dict[str, float], overrides: Sequence[str], far:
             status = PREEMPTED
             break
         fields = {"epochs": epochs, "data.data_dir": far / "tfds", "data.workers": WORKERS}
-        fields |= {"distillation.teacher": far / "runs" / "multiply"} if name == "taught" else {}
+        if name in PUPILS:
+            named = [word.partition("=")[2] for word in overrides if word.startswith(f"--config.{_TEACHER}=")]
+            fields[_TEACHER] = named[-1] if named else far / "runs" / "multiply"
+        if name == "warm":
+            fields["warm_start.source"] = fields[_TEACHER]
         status = run_until(deadline, train_command(name, workdir, fields, overrides), far)
         exports[name] = bring_back(name, workdir, far)
         if status:

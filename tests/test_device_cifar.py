@@ -114,9 +114,21 @@ def test_the_models_are_trained_in_turn_and_resumed(tmp_path, monkeypatch):
     assert {"--config.epochs=7.0", "--config.seed=1", f"--config={script.CONFIG}:multiply"} <= set(seen[0])
     teacher = f"--config.distillation.teacher={tmp_path / 'runs' / 'multiply'}"
     assert {"--config.epochs=5.0", teacher, f"--config={script.CONFIG}:taught"} <= set(seen[2])
-    assert teacher not in seen[0]
+    assert teacher not in seen[0] and not any("warm_start" in word for word in seen[2])
     (tmp_path / "runs" / "taught" / "summary.json").unlink()
     assert script.train(script.WORTH_STARTING - 1, runs, [], tmp_path) == script.PREEMPTED and len(seen) == 4
+
+
+@pytest.mark.parametrize("named", [None, "weights/cifar10_twin"])
+def test_a_warm_run_begins_with_its_teachers_weights(tmp_path, monkeypatch, named):
+    seen = []
+    monkeypatch.setattr(script, "run_until", lambda deadline, command, far: seen.extend(command) or 0)
+    monkeypatch.setattr(script, "bring_back", lambda *_: None)
+    overrides = [f"--config.distillation.teacher={named}"] if named else []
+    assert script.train(500.0, {"warm": 3.0}, overrides, tmp_path) == 0
+    teacher = named or tmp_path / "runs" / "multiply"
+    expected = {f"--config.{field}={teacher}" for field in ("distillation.teacher", "warm_start.source")}
+    assert expected | {f"--config={script.CONFIG}:warm"} <= set(seen)
 
 
 def test_a_child_that_takes_too_long_is_killed(tmp_path):
@@ -149,7 +161,10 @@ def test_runs_are_named_with_their_epochs(capsys):
     for text in ("adder", "vit=3", "adder=0", "adder=many"):
         with pytest.raises(SystemExit):
             script.main(["train", "--seconds", "1", text])
-        assert f"{text!r} is not NAME=EPOCHS, NAME one of multiply, adder, taught" in capsys.readouterr().err
+        assert (
+            f"{text!r} is not NAME=EPOCHS, NAME one of multiply, adder, taught, warm"
+            in capsys.readouterr().err
+        )
 
 
 def test_the_probe_compiles_side_by_side_and_times_alone(tmp_path, monkeypatch, capsys):
