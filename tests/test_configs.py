@@ -70,6 +70,19 @@ def test_the_taught_model_is_the_adder_model_with_a_lesson(name):
     assert f"configs/{file.name}:taught" in load(file).__doc__
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_warm_model_is_the_taught_one_from_its_teachers_weights(name):
+    (file,) = (file for file in FILES if file.stem == f"{name}_adder_vit")
+    taught, warm = (load(file).get_config(argument) for argument in ("taught", "warm"))
+    assert (
+        warm.model == taught.model and warm.distillation == taught.distillation and warm.data == taught.data
+    )
+    assert warm.warm_start.source == warm.distillation.teacher and taught.warm_start.source is None
+    assert (warm.epochs, warm.batch_size, warm.optimizer.learning_rate) == (2.0, 64, 5e-4)
+    assert warm.augment.flip and not warm.augment.cutmix_alpha and not warm.augment.label_smoothing
+    assert f"configs/{file.name}:warm" in load(file).__doc__
+
+
 def test_no_figure_is_left_open():
     root = FILES[0].parent.parent
     for file in (*FILES, root / "README.md"):

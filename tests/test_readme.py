@@ -66,6 +66,7 @@ def test_commands_name_files_and_flags_that_exist():
             assert flag[2:].partition("=")[0] in flags | {
                 "data_dir",
                 "table",
+                "evaluate",
                 "keep_checkpoints",
                 "convention",
                 "json",

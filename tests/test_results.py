@@ -241,11 +241,22 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
         assert run["test_examples"] == 10_000 and f"| {run['test_accuracy']:.4f} |" in page
     assert new["devices"] == old["devices"] == ["NVIDIA H200"]
     cells = row("CIFAR-10 in full, 3.9 M parameters, 50 epochs on an H200, seed 0")
-    assert cells[1] == f"{new['test_accuracy']:.4f}" and new["config"]["epochs"] == 50
+    assert cells[1].startswith(f"{new['test_accuracy']:.4f};") and new["config"]["epochs"] == 50
+    warm, longer = read("warm"), read("warm_longer")
+    for run in (warm, longer):
+        assert run["test_examples"] == 10_000 and f"| {run['test_accuracy']:.4f} |" in page
+    assert f"They took {warm['seconds']:,.0f} and {longer['seconds']:,.0f} s" in page
+    assert cells[0].startswith(f"{warm['test_accuracy']:.4f} from the twin's weights, 2 epochs")
+    behind = 100 * (new["test_accuracy"] - warm["test_accuracy"])
+    assert f"is {behind:.1f} points behind it, at {100 * warm['test_accuracy']:.1f} %" in page
+    assert f"{90 - 100 * warm['test_accuracy']:.2f} points short of 90 %" in page
+    assert f"reached {100 * warm['test_accuracy']:.1f} % in those two epochs" in readme
+    assert f"cores, {behind:.1f} points behind" in readme
+    assert f"in {warm['seconds'] / 60:.0f} minutes: {100 * warm['test_accuracy']:.1f} %" in config
     cells = row("CIFAR-10 in full, 3.8 M parameters, no neighbors, 60 epochs on an H200, seed 0")
     told = [re.search(r"0\.\d{4}", cell).group() for cell in cells[:2]]
     assert told == [f"{run['test_accuracy']:.4f}" for run in (taught, old)]
-    for run, pages in ((new, (page, readme, config)), (taught, (page, readme))):
+    for run, pages in ((new, (page, readme, config)), (taught, (page,))):
         assert all(f"{100 * run['test_accuracy']:.1f} %" in text for text in pages)
 
     speed, last = old["images_per_second"], last_speed("first/taught")
@@ -269,21 +280,55 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
     ]
     seconds = [sum(device_estimate.seconds_an_epoch(*counts).values()) for counts in found]
     assert "{:.1f} s an epoch for the adder model and {:.1f} s for the twin".format(*seconds) in page
-    assert "{:.1f} s there and the twin {:.1f} s".format(*seconds) in config
+    assert "model {:.1f} s there and the twin {:.1f} s".format(*seconds) in config
     counts = found[0][0]
     assert f"{counts.products / 1e6:.1f} million multiply-accumulates" in readme
     assert f"{(counts.linear + counts.scores) / 1e6:.1f} million additions" in readme
 
 
+def test_the_table_of_the_warm_runs_is_what_they_wrote():
+    lines = (RESULTS / "cifar10.md").read_text().splitlines()
+    found = {}
+    for run, row_of_run in (("warm", "| first run, v"), ("warm_longer", "| second run, v")):
+        told = next(line for line in lines if line.startswith(row_of_run)).split("|")[2:-1]
+        written = map(json.loads, (RESULTS / "cifar10" / run / "metrics.jsonl").read_text().splitlines())
+        found[run] = [f"{x['validation_accuracy']:.3f}" for x in written if "validation_accuracy" in x]
+        assert [cell.strip() for cell in told if cell.strip()] == found[run]
+    assert [len(accuracies) for accuracies in found.values()] == [6, 4]
+
+
+def test_the_table_of_widths_is_that_of_its_lines():
+    page = (RESULTS / "integers.md").read_text()
+    lines = list(map(json.loads, (RESULTS / "integers.jsonl").read_text().splitlines()))
+    header, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("| ")
+    )
+    models = [row[0].partition(",")[0] for row in rows]
+    assert models == list(dict.fromkeys(line["model"] for line in lines))
+    for model, (_, exact, *cells) in zip(models, rows):
+        found = {line["bits"]: line for line in lines if line["model"] == model}
+        assert {f"{100 * line['test_accuracy_float']:.1f}" for line in found.values()} == {exact}
+        told = {int(name[0]): cell for name, cell in zip(header[2:], cells) if cell}
+        assert told == {bits: f"{100 * line['test_accuracy_integer']:.1f}" for bits, line in found.items()}
+        assert f"{line_count(found):,} images" in next(row[0] for row in rows if row[0].startswith(model))
+
+
+def line_count(lines):
+    (count,) = {line["test_examples"] for line in lines.values()}
+    return count
+
+
 def test_the_weights_that_come_along_are_of_the_runs():
-    for weights, run in (("cifar10_twin", "multiply"), ("cifar10_adder_vit", "first/taught")):
+    for weights, run in (("cifar10_twin", "multiply"), ("cifar10_adder_vit", "warm")):
         ours, theirs = (
             json.loads((folder / "config.json").read_text())
             for folder in (RESULTS.parent / "weights" / weights, RESULTS / "cifar10" / run)
         )
         for config in (ours, theirs):  # what belongs to the machine
             config["data"] |= {"data_dir": None, "workers": 0}
-            config["distillation"]["teacher"] = None
+            config["distillation"]["teacher"] = config["warm_start"]["source"] = None
         assert ours == theirs
 
 
@@ -294,7 +339,7 @@ def test_the_weights_that_come_along_predict():
     ramps = np.stack([8 * y, 8 * x, 4 * (x + y)], axis=-1).astype(np.uint8)
     stripes = np.where((x // 4 % 2)[..., None], np.uint8([200, 40, 40]), np.uint8([30, 90, 220]))
     found = predict(RESULTS.parent / "weights" / "cifar10_adder_vit", [ramps, stripes])
-    told = [{"airplane": 0.246, "frog": 0.224, "cat": 0.202}, {"cat": 0.356, "bird": 0.191, "dog": 0.152}]
+    told = [{"airplane": 0.435, "frog": 0.253, "cat": 0.191}, {"ship": 0.781, "airplane": 0.073}]
     for probabilities, expected in zip(found, told, strict=True):
         assert len(probabilities) == 10
         for name, value in expected.items():
