@@ -28,9 +28,9 @@ from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normal
 from adderflax.models.families import build_model
 from adderflax.training.config import RunConfig
 from adderflax.training.restore import config_here, data_from, load_model
-from adderflax.training.workdir import WorkdirError, read_config, read_info
+from adderflax.training.workdir import INTEGERS, WorkdirError, read_config, read_info
 
-_DESCRIPTION, _INTEGERS, _VECTORS = "integers.json", "integers.npz", "vectors.npz"
+_INTEGERS, _VECTORS = "integers.npz", "vectors.npz"
 _FORMAT = 1
 _EVALUATED_AT_ONCE = 100
 
@@ -107,13 +107,13 @@ def export_workdir(
     np.savez(directory / _INTEGERS, **_arrays(integers))
     np.savez(directory / _VECTORS, images=traced, logits=logits, **integers.vectors(normalized))
     # Last: a directory without it is not taken for a model.
-    (directory / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    (directory / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
     return description
 
 
 def holds_integers(directory: str | Path) -> bool:
     """Whether `export_workdir` has written a directory."""
-    return (Path(directory) / _DESCRIPTION).exists()
+    return (Path(directory) / INTEGERS).exists()
 
 
 def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
@@ -126,7 +126,7 @@ def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
     run, info = RunConfig.parse(config_here(directory)), read_info(directory)
     model = in_float32(build_model(run.model_config(info)))
     try:
-        description = json.loads((directory / _DESCRIPTION).read_text())
+        description = json.loads((directory / INTEGERS).read_text())
         if description["format"] != _FORMAT:
             raise ValueError(f"its format is {description['format']}, and this version reads {_FORMAT}")
         with np.load(directory / _INTEGERS) as archive:

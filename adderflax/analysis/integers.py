@@ -180,6 +180,7 @@ def quantize(
     def calibrate(next_function, arguments, keywords, context):
         outputs, layer = next_function(*arguments, **keywords), context.module
         if _adds(context):
+            _require_plain_call(layer, arguments, keywords, operations)
             operations[_name(layer)] = _layer_operation(layer, arguments[0], outputs, bits)
         if (attention := _similarity_of(context)) is not None:
             name = _name(attention)
@@ -224,6 +225,11 @@ def _round(values: jax.Array, exponent: int, bits: int) -> jax.Array:
 
 def _best(bits: int, error: Callable[[int], float], *operands: jax.Array) -> tuple[int, float]:
     """The exponent with the least error, and the share of the operands that its grid cuts off."""
+    if not all(bool(jnp.all(jnp.isfinite(array))) for array in operands):
+        raise ValueError(
+            "Templates or what meets them are not finite, so no grid holds them: the run has diverged. Export"
+            " an earlier checkpoint, with --best."
+        )
     largest = max(float(jnp.max(jnp.abs(array))) for array in operands)
     # Nothing but zeros is on every grid.
     coarsest = math.ceil(math.log2(largest / (2 ** (bits - 1) - 1))) if largest > 0 else 0
@@ -271,6 +277,17 @@ def _similarity_operation(
 
     exponent, clipped = _best(bits, error, query_BxTxD, key_BxTxD)
     return IntegerOperation("similarity", exponent, D // heads, clipped=clipped)
+
+
+def _require_plain_call(layer: nn.Module, arguments: tuple, keywords: dict, seen: Mapping) -> None:
+    """Raises a ValueError unless this is the layer's only call, of its inputs alone or with p = 1."""
+    powers = [*arguments[1:], *keywords.values()]
+    plain = len(arguments) > 0 and all(isinstance(p, (int, float)) and p == 1 for p in powers)
+    if not plain or _name(layer) in seen:
+        raise ValueError(
+            f"{_name(layer)} is called twice, or not as layer(inputs) at p = 1: its integers would not be those"
+            " of every call. Give each call a layer of its own, and p = 1."
+        )
 
 
 def _sums(layer: nn.Module, inputs: jax.Array, templates: jax.Array) -> jax.Array:

@@ -13,6 +13,8 @@ from typing import Any
 
 from adderflax.data import DatasetInfo
 
+# The description of an integer model: a directory that has it is no run's (`adderflax.export` writes it).
+INTEGERS = "integers.json"
 # What may differ between the run that began a workdir and the one that goes on in it: where the data lies,
 # how fast it is read, how often figures are written, how much divergence is borne (up to where the run stands
 # none was beyond that). Everything else changes what is computed.
@@ -134,6 +136,11 @@ def open_workdir(
             f"{path} holds a trained model as one file of weights, weights.npz, which a run there would hide."
             " Choose another directory with --workdir; to go on from that model name it as"
             " --config.warm_start.source."
+        )
+    if (path / INTEGERS).exists():
+        raise WorkdirError(
+            f"{path} holds a model that was exported as integers, {INTEGERS}, to which a run there would not"
+            " belong. Choose another directory with --workdir."
         )
     if begun and file.exists():
         require_same(path, config, extend=extend, defaults=defaults)

@@ -232,6 +232,33 @@ def test_what_cannot_be_made_of_integers():
         quantize(twin, variables, images)
 
 
+class Called(nn.Module):
+    """A layer called as `call` does it."""
+
+    call: object
+    config: Description = Description()
+
+    @nn.compact
+    def __call__(self, images):
+        return self.call(AdderDense(4, normalization="none", name="layer"), images)
+
+
+@pytest.mark.parametrize("call", [lambda f, x: f(f(x)), lambda f, x: f(x, 2.0), lambda f, x: f(inputs=x)])
+def test_calls_whose_integers_would_be_others_are_refused(call):
+    images, model = jnp.ones((2, 4)), Called(call)
+    with pytest.raises(ValueError, match="layer is called twice, or not as layer"):
+        quantize(model, model.init(jax.random.key(0), images), images)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_model_is_refused(value):
+    model, images = RawSums(AdderDense(3)), jnp.ones((2, 4))
+    variables = model.init(jax.random.key(0), images)
+    variables["params"]["layer"]["adder_kernel"] = jnp.full((4, 3), value)
+    with pytest.raises(ValueError, match="not finite, so no grid holds them"):
+        quantize(model, variables, images)
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run of two steps on the digits, in bfloat16."""
@@ -306,6 +333,13 @@ def test_nothing_is_overwritten(workdir):
     with pytest.raises(SystemExit, match="is not an empty directory; choose another"):
         export.main([str(workdir), str(workdir)])
     assert (Path(workdir) / "config.json").read_text() == before
+
+
+def test_no_run_begins_where_integers_are(tmp_path):
+    (tmp_path / "integers.json").write_text("{}")
+    with pytest.raises(WorkdirError, match="exported as integers"):
+        train(default_config(), tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "lock"] == ["integers.json"]
 
 
 def test_damaged_files(workdir, tmp_path):
