@@ -13,6 +13,7 @@ A value is its integer times 2^exponent of its operation.
 import dataclasses
 import json
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,16 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from adderflax.analysis.integers import IntegerModel, IntegerOperation, in_float32, quantize
+from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
 from adderflax.models.families import build_model
 from adderflax.training.config import RunConfig
-from adderflax.training.restore import config_here, data_from, load_model
+from adderflax.training.restore import config_here, data_from, load_model, unflatten_variables
 from adderflax.training.workdir import INTEGERS, WorkdirError, read_config, read_info
 
 _INTEGERS, _VECTORS = "integers.npz", "vectors.npz"
 _FORMAT = 1
 _EVALUATED_AT_ONCE = 100
+# What reading a damaged file of ours ends with.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, ArithmeticError, EOFError, zipfile.BadZipFile)
 
 
 def export_workdir(
@@ -100,14 +103,22 @@ def export_workdir(
     ]
     traced = first_images("test", vectors)
     normalized = normalize_batch(traced, info)
-    logits = np.asarray(integers.apply(normalized))
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "dataset.json"):
-        shutil.copyfile(Path(workdir) / name, directory / name)
-    np.savez(directory / _INTEGERS, **_arrays(integers))
-    np.savez(directory / _VECTORS, images=traced, logits=logits, **integers.vectors(normalized))
-    # Last: a directory without it is not taken for a model.
-    (directory / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
+    found = {
+        "images": traced,
+        "logits": np.asarray(integers.apply(normalized)),
+        **integers.vectors(normalized),
+    }
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # All of it or nothing: what fails on the way leaves no directory that would stand in the way.
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+        written = Path(scratch) / "integers"
+        written.mkdir()
+        for name in ("config.json", "dataset.json"):
+            shutil.copyfile(Path(workdir) / name, written / name)
+        np.savez(written / _INTEGERS, **_arrays(integers))
+        np.savez(written / _VECTORS, **found)
+        (written / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
+        written.rename(directory)
     return description
 
 
@@ -129,6 +140,8 @@ def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
         description = json.loads((directory / INTEGERS).read_text())
         if description["format"] != _FORMAT:
             raise ValueError(f"its format is {description['format']}, and this version reads {_FORMAT}")
+        if (bits := description["bits"]) not in BITS:
+            raise ValueError(f"bits={bits!r} is not one of {', '.join(map(str, BITS))}")
         with np.load(directory / _INTEGERS) as archive:
             arrays = {name: archive[name] for name in archive.files if not name.startswith("constants/")}
         names = [field.name for field in dataclasses.fields(IntegerOperation)]
@@ -136,18 +149,20 @@ def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
             entry["name"]: IntegerOperation(**{name: entry[name] for name in names})
             for entry in description["operations"]
         }
-        for name, operation in operations.items():
-            if operation.kind != "similarity":
-                kernel = arrays[f"params/{name}/adder_kernel"]
-                arrays[f"params/{name}/adder_kernel"] = kernel.astype(np.float32) * 2.0**operation.exponent
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        listed = {name for name, operation in operations.items() if operation.kind != "similarity"}
+        kernels = {f"params/{name}/adder_kernel" for name in listed}
+        if wrong := kernels ^ {name for name in arrays if name.endswith("/adder_kernel")}:
+            raise ValueError(f"{', '.join(sorted(wrong))} are in one of its two files of integers only")
+        for name in listed:
+            kernel = arrays[f"params/{name}/adder_kernel"]
+            arrays[f"params/{name}/adder_kernel"] = kernel * np.float32(2.0 ** operations[name].exponent)
+        arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    except _DAMAGE as error:
         raise WorkdirError(
-            f"{directory} cannot be read as an integer model: {error}. Export the run again."
+            f"{directory} cannot be read as an integer model: {error!r}. Export the run again."
         ) from error
-    variables = traverse_util.unflatten_dict(
-        {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}, sep="/"
-    )
-    return IntegerModel(model, variables, description["bits"], operations), info
+    variables = unflatten_variables(arrays, model, directory / _INTEGERS)
+    return IntegerModel(model, variables, bits, operations), info
 
 
 def _arrays(integers: IntegerModel) -> dict[str, np.ndarray]:

@@ -285,8 +285,8 @@ def _require_plain_call(layer: nn.Module, arguments: tuple, keywords: dict, seen
     plain = len(arguments) > 0 and all(isinstance(p, (int, float)) and p == 1 for p in powers)
     if not plain or _name(layer) in seen:
         raise ValueError(
-            f"{_name(layer)} is called twice, or not as layer(inputs) at p = 1: its integers would not be those"
-            " of every call. Give each call a layer of its own, and p = 1."
+            f"{_name(layer)} is called twice, or not as layer(inputs) at p = 1: its integers would not be"
+            " those of every call. Give each call a layer of its own, and p = 1."
         )
 
 

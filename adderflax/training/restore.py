@@ -5,6 +5,7 @@ away: ``weights.npz`` beside ``config.json`` and ``dataset.json``.
 """
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,21 +121,30 @@ def write_weights(workdir: str | Path, file: str | Path, *, best: bool = False) 
     np.savez(file, **arrays | {name: arrays[name].astype(np.float16) for name in narrow})
 
 
-def _read_weights(file: Path, model: nn.Module) -> dict[str, Any]:
+def unflatten_variables(arrays: Mapping[str, jax.Array], model: nn.Module, file: Path) -> dict[str, Any]:
+    """A model's variables from arrays named "collection/.../name", as a file of weights has them.
+
+    Raises:
+      WorkdirError: names or shapes are not those of the model; the message names them, and the file.
+    """
     config = model.config
     images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
     wanted = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images), sep="/")
-    try:
-        with np.load(file) as archive:
-            found = {name: jnp.float32(archive[name]) for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise workdir_lib.WorkdirError(f"{file} cannot be read: {error}. Put back a copy of it.") from error
-    wanted, shapes = ({name: leaf.shape for name, leaf in flat.items()} for flat in (wanted, found))
-    names = wanted.keys() | found.keys()
+    wanted, shapes = ({name: leaf.shape for name, leaf in flat.items()} for flat in (wanted, arrays))
+    names = wanted.keys() | arrays.keys()
     if wrong := sorted(name for name in names if wanted.get(name) != shapes.get(name)):
         raise workdir_lib.WorkdirError(
             f"{file} does not belong to the model that config.json beside it describes:"
             f" {', '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''} differ. Put back the config.json that"
             " came with it."
         )
-    return traverse_util.unflatten_dict(found, sep="/")
+    return traverse_util.unflatten_dict(dict(arrays), sep="/")
+
+
+def _read_weights(file: Path, model: nn.Module) -> dict[str, Any]:
+    try:
+        with np.load(file) as archive:
+            found = {name: jnp.float32(archive[name]) for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise workdir_lib.WorkdirError(f"{file} cannot be read: {error}. Put back a copy of it.") from error
+    return unflatten_variables(found, model, file)

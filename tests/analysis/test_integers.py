@@ -348,7 +348,39 @@ def test_damaged_files(workdir, tmp_path):
     (tmp_path / "integers.json").write_text(json.dumps(description | {"format": 2}))
     with pytest.raises(WorkdirError, match="its format is 2, and this version reads 1"):
         load_integers(tmp_path)
+    operations = description["operations"]
+    for damage, told in (
+        ({"bits": "8"}, "bits='8' is not one of 2, 3"),
+        ({"operations": operations[1:]}, "attention/query/adder_kernel are in one of its two files"),
+        ({"operations": [operations[0] | {"exponent": 10**6}, *operations[1:]]}, "OverflowError"),
+    ):
+        (tmp_path / "integers.json").write_text(json.dumps(description | damage))
+        with pytest.raises(WorkdirError, match=told):
+            load_integers(tmp_path)
+    (tmp_path / "integers.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(WorkdirError, match="KeyError"):
+        load_integers(tmp_path)
     (tmp_path / "integers.json").write_text(json.dumps(description))
+    config = json.loads((tmp_path / "config.json").read_text())
+    wider = config | {"model": config["model"] | {"mlp_dim": 48}}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(WorkdirError, match="does not belong to the model that config.json beside it"):
+        load_integers(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "integers.npz").write_bytes((tmp_path / "integers.npz").read_bytes()[:100])
     with pytest.raises(WorkdirError, match="cannot be read as an integer model"):
         load_integers(tmp_path)
+
+
+def test_an_export_that_fails_leaves_nothing(workdir, tmp_path, monkeypatch):
+    save = np.savez
+
+    def full_disk(file, **arrays):
+        if "vectors" in Path(file).name:
+            raise OSError(28, "No space left on device", str(file))
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1)
+    assert not list(tmp_path.iterdir())
