@@ -20,7 +20,9 @@ from adderflax import (
     export,
 )
 from adderflax.analysis.integer_files import export_workdir, load_integers
-from adderflax.analysis.integers import IntegerOperation, on_grid, quantize
+from adderflax.analysis.integers import IntegerOperation, in_float32, on_grid, quantize
+from adderflax.data import DataConfig, load_dataset
+from adderflax.operators import adder_conv
 from adderflax.predict import predict
 from adderflax.training.config import default_config
 from adderflax.training.restore import load_model
@@ -85,6 +87,9 @@ def test_outputs_are_the_unit_times_the_integer_sums(bits, centered):
         np.testing.assert_array_equal(integers.templates()[name], templates)
         if operation.kind == "dense":
             np.testing.assert_array_equal(found[f"{name}/sums"], dense_sums(inputs, templates))
+        else:
+            sums = adder_conv(jnp.int8(inputs), jnp.int8(templates), **operation.geometry)
+            np.testing.assert_array_equal(found[f"{name}/sums"], sums)
         constant = integers.constants().get(name, 0)
         np.testing.assert_array_equal(
             constant, np.abs(templates).reshape(-1, kernel.shape[-1]).sum(0) * centered
@@ -148,6 +153,12 @@ def test_the_integers_are_what_the_model_computes_with():
     with nn.intercept_methods(record):
         integers.apply(images)
     np.testing.assert_allclose(outputs[name], expected, atol=1e-5)
+    # And so do queries and keys meet each other.
+    unit = 2.0 ** integers.operations["block_0/attention"].exponent
+    for layer, part in (("query", "queries"), ("key", "keys")):
+        traced = found[f"block_0/attention/{part}"]
+        met = np.asarray(outputs[f"block_0/attention/{layer}"]).reshape(traced.shape)
+        np.testing.assert_array_equal(met, traced * unit)
 
 
 def _paths(tree):
@@ -304,7 +315,15 @@ def test_files(workdir, tmp_path, capsys):
     model, variables, _ = load_model(workdir)
     own = quantize(model, variables, jnp.float32(images)).model.apply(variables, jnp.float32(images))
     assert np.abs(np.asarray(own) - vectors["logits"]).max() < 0.3
-    assert abs(description["test_accuracy_float"] - description["test_accuracy_integer"]) < 0.05
+    test = load_dataset(DataConfig(name="digits")).test
+    pixels, labels = (np.stack([test[i][field] for i in range(len(test))]) for field in ("image", "label"))
+    normalized = jnp.float32((pixels / 255.0 - np.asarray(info.mean)) / np.asarray(info.std))
+    for kind, logits in (
+        ("integer", integers.apply(normalized)),
+        ("float", in_float32(model).apply(variables, normalized)),
+    ):
+        accuracy = np.mean(np.argmax(logits, axis=-1) == labels)
+        assert abs(description[f"test_accuracy_{kind}"] - accuracy) < 1.5 / 359
 
 
 def test_the_table(workdir, tmp_path, capsys):
