@@ -1,9 +1,10 @@
 """``--config FILE[:argument] --config.a.b=value``, with mistakes told in one paragraph."""
 
 import difflib
+import linecache
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -31,12 +32,18 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
         rest = values(command)
         # A file that cannot be loaded is only reported when something of it is read.
         getattr(holder.value, "model", None)
-        return rest
     except Exception as error:
-        message = _inside_the_file(error, f"{holder.name}_config") or _outside_of_it(error)
+        message = (
+            _inside_the_file(error, f"{holder.name}_config")
+            or _outside_of_it(error)
+            or _below_a_value(values[holder.name], command)
+        )
         if not message:
             raise
         raise ConfigError(message) from error
+    if not values[holder.name].using_default_value and not isinstance(holder.value, ConfigDict):
+        raise ConfigError(_no_configuration(holder.value))
+    return rest
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -58,15 +65,24 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def _require_file(flag: str, command: Sequence[str]) -> None:
     """Raises a ConfigError if the file that `flag` names in `command` is not there."""
-    for word, following in zip(command, (*command[1:], "")):
-        name, given, value = word.partition("=")
-        file = Path((value if given else following).partition(":")[0])
-        if name not in (f"-{flag}", f"--{flag}") or file == Path() or file.is_file():
+    for file in map(Path, (value.partition(":")[0] for value in _given(flag, command))):
+        if file == Path() or file.is_file():
             continue
+        if file.is_dir():
+            inside = ", ".join(map(str, sorted(file.glob("*.py")))) or "no Python file"
+            raise ConfigError(f"{file} is a directory, and a configuration is a file. In it: {inside}.")
         there = {path.stem: str(path) for path in sorted(Path("configs").glob("*.py"))}
         near = difflib.get_close_matches(file.stem, there, n=1, cutoff=0.5)
         proposal = f" Did you mean {there[near[0]]}? There are {', '.join(there.values())}." if near else ""
         raise ConfigError(f"There is no configuration file {file}, seen from {Path.cwd()}.{proposal}")
+
+
+def _given(flag: str, command: Sequence[str]) -> Iterator[str]:
+    """The values that a command gives a flag, as --flag=value or --flag value."""
+    for word, following in zip(command, (*command[1:], "")):
+        name, given, value = word.partition("=")
+        if name in (f"-{flag}", f"--{flag}"):
+            yield value if given else following
 
 
 def _inside_the_file(error: BaseException | None, module: str) -> str:
@@ -79,12 +95,41 @@ def _inside_the_file(error: BaseException | None, module: str) -> str:
         elif places:
             # A ValueError is a refusal in words of its own.
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            reason = _unknown_field(error) or f"{kind}{' '.join(str(error).split())}"
+            # A bare assertion says no more than its line does.
+            linecache.checkcache(places[-1][0])
+            text = " ".join(str(error).split()) or linecache.getline(*places[-1]).strip()
+            reason = _unknown_field(error) or f"{kind}{text}"
         if places:
             file, line = places[-1]
             return f"{file} line {line}: {reason}{'' if reason.endswith(('.', '?')) else '.'}"
         # What refuses a value of a flag hides what the file raised.
         error = error.__cause__ or error.__context__
+    return ""
+
+
+def _no_configuration(loaded: object) -> str:
+    return (
+        f"get_config() of the configuration file returned {loaded!r} and not a ConfigDict: end it with"
+        " return config."
+    )
+
+
+def _below_a_value(flag: flags.Flag, command: Sequence[str]) -> str:
+    """Which field that `command` sets lies below what has no fields; empty where none does."""
+    if not (files := list(_given(flag.name, command))):
+        return ""
+    if not isinstance(config := flag.parser.parse(files[-1]), ConfigDict):
+        return _no_configuration(config)
+    for word in command:
+        node, above = config, []
+        if not (named := re.match(rf"--?{flag.name}\.([\w.]+)", word)):
+            continue
+        for name in named[1].split("."):
+            if not isinstance(node, ConfigDict):
+                return f"{word}: {'.'.join(above)} is a value, {node!r}, and has no field {name!r}."
+            if name not in node:
+                break
+            node, above = node[name], [*above, name]
     return ""
 
 
@@ -106,6 +151,8 @@ def _unknown_field(error: Exception) -> str:
     """Names the field that a ConfigDict does not have; empty where the error is another one."""
     raised_by = traceback.extract_tb(error.__traceback__)[-1].filename
     if not isinstance(error, (AttributeError, KeyError)) or "ml_collections" not in raised_by:
+        return ""
+    if "does not support indexing" in str(error):  # what is above the field is none
         return ""
     # ml_collections quotes the unknown name first, then proposes the nearest one that exists.
     text = str(error.args[0]).replace("\\n", " ")

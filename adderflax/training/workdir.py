@@ -180,8 +180,15 @@ def write_info(workdir: Path, info: DatasetInfo) -> None:
 
 
 def read_info(workdir: str | Path) -> DatasetInfo:
-    """The description that `write_info` stored."""
-    return DatasetInfo(**_read_json(workdir, "dataset.json"))
+    """The description that `write_info` stored.
+
+    Raises:
+      WorkdirError: there is none, or it is not one.
+    """
+    try:
+        return DatasetInfo(**_read_json(workdir, "dataset.json"))
+    except TypeError as error:
+        raise _unreadable(Path(workdir) / "dataset.json", error) from error
 
 
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
@@ -249,20 +256,25 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_json(workdir: str | Path, name: str) -> Any:
+def _read_json(workdir: str | Path, name: str) -> dict[str, Any]:
     file = Path(workdir) / name
     try:
-        return json.loads(file.read_text())
+        if not isinstance(found := json.loads(file.read_text()), dict):
+            raise ValueError(f"it holds a {type(found).__name__} where named values belong")
+        return found
     except FileNotFoundError:
         raise WorkdirError(
             f"{Path(workdir).absolute()} is not a run's workdir: it has no {name}. Give the directory that"
             " train.py --workdir was given; train.py prints it when it starts."
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise WorkdirError(
-            f"{file} cannot be read: {error}. Put back a copy of it, or choose another directory with"
-            " --workdir."
-        ) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> WorkdirError:
+    return WorkdirError(
+        f"{file} cannot be read: {error}. Put back a copy of it, or choose another directory with --workdir."
+    )
 
 
 def _write_json(file: Path, value: Any) -> None:

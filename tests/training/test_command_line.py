@@ -38,6 +38,7 @@ def refusal(file, *overrides):
             "line 5: The configuration has no field 'sed'. Did you mean",
         ),
         (BEGIN + "    raise ValueError('too late')", "line 5: too late."),
+        (BEGIN + "    assert config.seed == 1", "line 5: AssertionError: assert config.seed == 1."),
     ],
 )
 def test_mistakes_in_the_file(tmp_path, text, told):
@@ -53,6 +54,8 @@ def test_what_is_no_configuration(tmp_path, monkeypatch):
     assert f"{file} defines no get_config()" in refusal(file)
     file.write_text("def get_config(): pass")
     assert f"{file}:vit: get_config() takes 0 positional arguments but 1 was given." in refusal(f"{file}:vit")
+    for overrides in ([], ["--config.seed=1"]):
+        assert "returned None and not a ConfigDict: end it with return config." in refusal(file, *overrides)
 
 
 def test_a_file_that_is_not_there(root, tmp_path, monkeypatch):
@@ -65,6 +68,9 @@ def test_a_file_that_is_not_there(root, tmp_path, monkeypatch):
     assert (
         refusal(tmp_path / "my.py") == f"There is no configuration file {tmp_path}/my.py, seen from {root}."
     )
+    told = refusal("configs/", "--config.seed=1")
+    assert told.startswith("configs is a directory, and a configuration is a file. In it: configs/cifar100_")
+    assert refusal(tmp_path).endswith("In it: no Python file.")
 
 
 def test_mistakes_on_the_command_line(root):
@@ -73,3 +79,8 @@ def test_mistakes_on_the_command_line(root):
         "The configuration has no field 'sed'. Did you mean 'seed'?"
     )
     assert refusal(file, "--config.seed=x").startswith("flag --config.seed=x: invalid literal for int()")
+    for override, told in (
+        ("--config.seed.x=1", "seed is a value, 0, and has no field 'x'."),
+        ("--config.optimizer.name.x=1", "optimizer.name is a value, 'adamw', and has no field 'x'."),
+    ):
+        assert refusal(file, override) == f"{override}: {told}"

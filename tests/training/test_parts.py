@@ -268,6 +268,16 @@ def test_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WorkdirError, match="config.json cannot be read.*Put back a copy"):
         begin(tmp_path, CONFIG)
+    (tmp_path / "config.json").write_text("[3]")
+    with pytest.raises(WorkdirError, match="config.json cannot be read: it holds a list where named values"):
+        workdir.read_config(tmp_path)
+    for text, told in (
+        ("null", "it holds a NoneType"),
+        ('{"shape": 3}', "unexpected keyword argument 'shape'"),
+    ):
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(WorkdirError, match=f"dataset.json cannot be read: .*{told}.*Put back a copy"):
+            workdir.read_info(tmp_path)
 
 
 def test_batches_are_split_over_the_devices():
