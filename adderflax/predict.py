@@ -25,15 +25,21 @@ def predict(workdir: str | Path, images: Sequence, *, best: bool = False) -> lis
       workdir: the run's directory, or one that `python -m adderflax.export` has written.
       images: PIL images or uint8 arrays [H, W] or [H, W, C] of any size; each is converted, resized and
         cropped as the run's evaluation does it.
-      best: use the checkpoint with the best validation accuracy instead of the newest.
+      best: use the checkpoint with the best validation accuracy instead of the newest; of a run only, an
+        export holds one model.
 
     Returns:
       For each image a dictionary from class name to probability, the most probable first.
 
     Raises:
-      WorkdirError: the directory holds no trained run.
+      WorkdirError: the directory holds no trained run, or an export where `best` asks for a checkpoint.
     """
     if holds_integers(workdir):
+        if best:
+            raise WorkdirError(
+                f"{workdir} holds one model, exported as integers, and no checkpoints to choose the best of:"
+                " leave --best out, or give it to python -m adderflax.export."
+            )
         integers, info = load_integers(workdir)
         forward = integers.apply
     else:
@@ -59,7 +65,7 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m adderflax.predict", description=__doc__)
-    parser.add_argument("workdir", help="directory of a trained run")
+    parser.add_argument("workdir", help="directory of a trained run, or of an export")
     parser.add_argument("image", nargs="+", help="image files, of any format that Pillow reads")
     parser.add_argument("--top", type=_positive, default=5, help="how many classes to print (default 5)")
     parser.add_argument("--best", action="store_true", help="use the best checkpoint, not the newest")

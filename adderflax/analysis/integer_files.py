@@ -10,6 +10,7 @@
 A value is its integer times 2^exponent of its operation.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -66,12 +67,14 @@ def export_workdir(
 
     Raises:
       ValueError: an argument is not allowed, the model adds nowhere, or the directory is not empty.
-      WorkdirError: the workdir holds no trained run.
+      WorkdirError: the workdir holds no trained run, or the directory cannot be written.
       adderflax.data.DatasetNotReadyError: the data set is not there.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory; choose another to write to.")
+    if holds_integers(workdir):
+        raise WorkdirError(f"{workdir} holds an export. Give the directory of the run that it was made from.")
     model, variables, info = load_model(workdir, best=best)
     data = RunConfig.parse(data_from(read_config(workdir), data_dir)).data
     dataset = load_dataset(data)
@@ -85,41 +88,62 @@ def export_workdir(
     def first_images(part: str, count: int) -> np.ndarray:
         return next(evaluation_batches(dataset, part, data, batch_size=count))["image"]
 
-    images = normalize_batch(first_images("train", calibration), info)
-    integers = quantize(model, variables, images, bits=bits)
-    description = {"format": _FORMAT, "bits": bits, "rounding": "half to even"}
-    if evaluate:
+    def described(integers: IntegerModel) -> dict[str, Any]:
         figures = {}
-        for name, function in (
-            ("float", lambda images: in_float32(model).apply(variables, images)),
-            ("integer", integers.apply),
-        ):
-            batches = evaluation_batches(dataset, "test", data, batch_size=_EVALUATED_AT_ONCE)
-            figures[f"test_accuracy_{name}"] = _accuracy(function, batches, info)
-        description |= figures | {"test_examples": len(dataset.test)}
-    description["operations"] = [
-        {"name": name, **dataclasses.asdict(operation), "accumulator_bits": operation.accumulator_bits(bits)}
-        for name, operation in integers.operations.items()
-    ]
-    traced = first_images("test", vectors)
-    normalized = normalize_batch(traced, info)
-    found = {
-        "images": traced,
-        "logits": np.asarray(integers.apply(normalized)),
-        **integers.vectors(normalized),
-    }
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # All of it or nothing: what fails on the way leaves no directory that would stand in the way.
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
-        written = Path(scratch) / "integers"
-        written.mkdir()
-        for name in ("config.json", "dataset.json"):
-            shutil.copyfile(Path(workdir) / name, written / name)
-        np.savez(written / _INTEGERS, **_arrays(integers))
-        np.savez(written / _VECTORS, **found)
-        (written / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
-        written.rename(directory)
+        if evaluate:
+            for name, function in (
+                ("float", lambda images: in_float32(model).apply(variables, images)),
+                ("integer", integers.apply),
+            ):
+                batches = evaluation_batches(dataset, "test", data, batch_size=_EVALUATED_AT_ONCE)
+                figures[f"test_accuracy_{name}"] = _accuracy(function, batches, info)
+            figures["test_examples"] = len(dataset.test)
+        operations = [
+            {"name": name, **dataclasses.asdict(entry), "accumulator_bits": entry.accumulator_bits(bits)}
+            for name, entry in integers.operations.items()
+        ]
+        shared = {"format": _FORMAT, "bits": bits, "rounding": "half to even"}
+        return shared | figures | {"operations": operations}
+
+    with _all_or_nothing(directory) as written:
+        images = normalize_batch(first_images("train", calibration), info)
+        integers = quantize(model, variables, images, bits=bits)
+        description = described(integers)
+        traced = first_images("test", vectors)
+        normalized = normalize_batch(traced, info)
+        found = {"images": traced, "logits": np.asarray(integers.apply(normalized))}
+        with _telling_of(directory):
+            for name in ("config.json", "dataset.json"):
+                shutil.copyfile(Path(workdir) / name, written / name)
+            np.savez(written / _INTEGERS, **_arrays(integers))
+            np.savez(written / _VECTORS, **found, **integers.vectors(normalized))
+            (written / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
     return description
+
+
+@contextlib.contextmanager
+def _all_or_nothing(directory: Path) -> Iterator[Path]:
+    """Gives a directory to write that becomes `directory` in the end, and leaves nothing if it fails."""
+    with _telling_of(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent)
+    with scratch:
+        (written := Path(scratch.name) / "integers").mkdir()
+        yield written
+        with _telling_of(directory):
+            written.rename(directory)
+
+
+@contextlib.contextmanager
+def _telling_of(directory: Path) -> Iterator[None]:
+    """Turns what a file system refuses into a WorkdirError with the directory's name."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"{directory} cannot be written: {error.strerror or error}. Choose another directory, or make"
+            " room."
+        ) from error
 
 
 def holds_integers(directory: str | Path) -> bool:

@@ -29,6 +29,7 @@ from flax import traverse_util
 from adderflax.encoder import AdderSelfAttention
 from adderflax.layers import AdderConv, AdderDense
 from adderflax.operators import adder_conv, adder_matmul
+from adderflax.operators._integer import EXACT
 
 BITS = tuple(range(2, 9))
 _TEMPLATES = "adder_kernel"
@@ -169,7 +170,10 @@ def quantize(
       bits: of inputs and templates, 2 to 8.
 
     Raises:
-      ValueError: `bits` is not allowed, or the model has no adder layer and no L1 similarity.
+      TypeError: the model has no such `config`.
+      ValueError: `bits` is not allowed; the model has no adder layer and no L1 similarity; or one of them is
+        not finite, called twice, not called, called inside a transformation of JAX, such as a scan, or has
+        more terms than are summed exactly.
     """
     if bits not in BITS or isinstance(bits, bool):
         raise ValueError(f"bits={bits!r} is not known; choose one of {', '.join(map(str, BITS))}.")
@@ -180,7 +184,7 @@ def quantize(
     def calibrate(next_function, arguments, keywords, context):
         outputs, layer = next_function(*arguments, **keywords), context.module
         if _adds(context):
-            _require_plain_call(layer, arguments, keywords, operations)
+            _require_plain_call(layer, arguments, keywords, outputs, operations)
             operations[_name(layer)] = _layer_operation(layer, arguments[0], outputs, bits)
         if (attention := _similarity_of(context)) is not None:
             name = _name(attention)
@@ -198,14 +202,36 @@ def quantize(
             "The model has no adder layer and no L1 similarity, so it has no integers to export. Choose a"
             " model whose arithmetic adds."
         )
+    for name, operation in operations.items():
+        if operation.terms * (2**bits - 1) > EXACT:
+            raise ValueError(
+                f"{name} sums {operation.terms} terms, and at {bits} bits no more than"
+                f" {EXACT // (2**bits - 1)} are exact in float32. Choose fewer bits."
+            )
     flat = traverse_util.flatten_dict(variables)
-    for path in [path for path in flat if path[-1] == _TEMPLATES]:
-        flat[path] = on_grid(jnp.asarray(flat[path]), operations["/".join(path[1:-1])].exponent, bits)
+    templates = {path: "/".join(path[1:-1]) for path in flat if path[-1] == _TEMPLATES}
+    if unused := sorted(set(templates.values()) - operations.keys()):
+        raise ValueError(
+            f"The model has templates that it does not call: {', '.join(unused)}. Nothing says which inputs"
+            " meet them: leave them out of the variables."
+        )
+    for path, name in templates.items():
+        flat[path] = on_grid(jnp.asarray(flat[path]), operations[name].exponent, bits)
     return IntegerModel(model, traverse_util.unflatten_dict(flat), bits, operations)
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """The model that computes in float32, without rematerialization, which recording would not survive."""
+    """The model that computes in float32, without rematerialization, which recording would not survive.
+
+    Raises:
+      TypeError: the model has no dataclass `config` with a `dtype`.
+    """
+    described = getattr(model, "config", None)
+    if not dataclasses.is_dataclass(described) or not hasattr(described, "dtype"):
+        raise TypeError(
+            f"{type(model).__name__} has no field `config`, a dataclass with the dtype in which it computes;"
+            " add one, as VisionTransformer has it."
+        )
     wanted = {"dtype": "float32", "remat": False}
     fields = {field.name for field in dataclasses.fields(model.config)}
     return model.clone(
@@ -279,8 +305,15 @@ def _similarity_operation(
     return IntegerOperation("similarity", exponent, D // heads, clipped=clipped)
 
 
-def _require_plain_call(layer: nn.Module, arguments: tuple, keywords: dict, seen: Mapping) -> None:
-    """Raises a ValueError unless this is the layer's only call, of its inputs alone or with p = 1."""
+def _require_plain_call(
+    layer: nn.Module, arguments: tuple, keywords: dict, outputs: jax.Array, seen: Mapping
+) -> None:
+    """Raises a ValueError unless this is the layer's only call, in view, of its inputs alone or at p = 1."""
+    if isinstance(outputs, jax.core.Tracer):
+        raise ValueError(
+            f"{_name(layer)} is called inside a transformation of JAX, such as jit, scan or remat, where its"
+            " values cannot be seen. Call it outside of any."
+        )
     powers = [*arguments[1:], *keywords.values()]
     plain = len(arguments) > 0 and all(isinstance(p, (int, float)) and p == 1 for p in powers)
     if not plain or _name(layer) in seen:

@@ -5,11 +5,14 @@ between zero and its end. So every kernel computes such sums of small integers e
 adds, and integers need no kernels of their own.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
 DTYPES = ("int8", "uint8")
-_EXACT = 2**24
+# Up to here float32 holds every whole number.
+EXACT = 2**24
 
 
 def take(
@@ -25,7 +28,7 @@ def take(
 
     Raises:
       TypeError: only one of them is an integer, or p is not 1.
-      ValueError: there are more terms than are summed exactly.
+      ValueError: there are more terms than are summed exactly, or nobody knows how many.
     """
     integer = {name: str(array.dtype) in DTYPES for name, array in operands.items()}
     if not any(integer.values()):
@@ -36,16 +39,23 @@ def take(
             f"{function}: {described}; integers meet integers only. Cast both to {' or '.join(DTYPES)}, on"
             " the same grid, or both to a floating dtype."
         )
-    if not isinstance(p, (int, float)) or p != 1:
+    if not isinstance(p, numbers.Real) or isinstance(p, bool) or p != 1:
         raise TypeError(
             f"{function}: {described}; p other than 1 gives no whole numbers. Pass p=1, or floating operands."
         )
     limits = [jnp.iinfo(array.dtype) for array in operands.values()]
     furthest = int(max(limit.max for limit in limits)) - int(min(limit.min for limit in limits))
-    if terms * furthest > _EXACT:
+    allowed = f"{described}. At most {EXACT // furthest} terms are allowed"
+    try:
+        exact = terms * furthest <= EXACT
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"{function}: sums of {terms} terms, a symbolic number, may be inexact: {allowed}. Bound it by a"
+            f" constraint of jax.export.symbolic_shape, such as '{terms} <= 1024'."
+        ) from error
+    if not exact:
         raise ValueError(
             f"{function}: sums of {terms} terms of up to {furthest} can exceed 2^24, up to which they are"
-            f" exact; {described}. At most {_EXACT // furthest} terms are allowed: cut the operands and add"
-            " the parts."
+            f" exact; {allowed}: cut the operands and add the parts."
         )
     return [array.astype(jnp.float32) for array in operands.values()]

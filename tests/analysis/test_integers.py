@@ -195,6 +195,31 @@ def test_grids_are_chosen_by_what_they_do_to_the_outputs():
         assert chosen == min(range(-8, 4), key=lambda exponent: error(exponent, bits))
 
 
+def test_the_grid_of_a_similarity_is_chosen_by_its_logits():
+    model, variables, images = model_of(**SMALL)
+    outputs = {}
+
+    def record(next_function, arguments, keywords, context):
+        result = next_function(*arguments, **keywords)
+        if (name := context.module.name) in ("query", "key"):
+            outputs[name] = np.asarray(result, np.float64).reshape(5, -1, 2, 8)
+        return result
+
+    def logits(exponent=None, bits=None):
+        query, key = (outputs[name] for name in ("query", "key"))
+        if exponent is not None:
+            query, key = (expected_integers(a, exponent, bits) * 2.0**exponent for a in (query, key))
+        scores = -np.abs(query[:, :, None] - key[:, None]).sum(-1)
+        return scores - scores.mean(axis=2, keepdims=True)  # over the keys
+
+    with nn.intercept_methods(record):
+        model.apply(variables, images)
+    for bits in (2, 3, 4, 5, 6):
+        chosen = quantize(model, variables, images, bits=bits).operations["block_0/attention"].exponent
+        errors = {e: np.square(logits(e, bits) - logits()).mean() for e in range(-8, 4)}
+        assert chosen == min(errors, key=errors.get)
+
+
 def test_the_share_that_is_cut_off():
     # One template of 1.0: at 8 bits 2^-6 holds it, and of the inputs 127 / 64 = 1.984 is the last.
     model = RawSums(AdderDense(1, normalization="none", kernel_init=nn.initializers.ones))
@@ -243,6 +268,28 @@ def test_what_cannot_be_made_of_integers():
         quantize(twin, variables, images)
 
 
+def test_sums_beyond_what_float32_holds_are_refused():
+    model, images = RawSums(AdderDense(1, normalization="none")), jnp.ones((1, 70000))
+    variables = model.init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match="sums 70000 terms, and at 8 bits no more than 65793 are exact"):
+        quantize(model, variables, images)
+    assert quantize(model, variables, images, bits=7).operations["layer"].terms == 70000
+
+
+def test_templates_that_nothing_calls_are_refused():
+    model, images = RawSums(AdderDense(3)), jnp.ones((2, 4))
+    variables = model.init(jax.random.key(0), images)
+    variables["params"]["other"] = {"adder_kernel": jnp.ones((4, 3))}
+    with pytest.raises(ValueError, match="templates that it does not call: other. Nothing"):
+        quantize(model, variables, images)
+
+
+def test_a_model_says_in_which_dtype_it_computes():
+    layer, images = AdderDense(3), jnp.ones((2, 4))
+    with pytest.raises(TypeError, match="AdderDense has no field `config`, a dataclass with the dtype"):
+        quantize(layer, layer.init(jax.random.key(0), images), images)
+
+
 class Called(nn.Module):
     """A layer called as `call` does it."""
 
@@ -258,6 +305,12 @@ class Called(nn.Module):
 def test_calls_whose_integers_would_be_others_are_refused(call):
     images, model = jnp.ones((2, 4)), Called(call)
     with pytest.raises(ValueError, match="layer is called twice, or not as layer"):
+        quantize(model, model.init(jax.random.key(0), images), images)
+
+
+def test_layers_inside_a_transformation_are_refused():
+    images, model = jnp.ones((2, 4)), Called(lambda layer, x: nn.remat(lambda f, x: f(x))(layer, x))
+    with pytest.raises(ValueError, match="layer is called inside a transformation of JAX"):
         quantize(model, model.init(jax.random.key(0), images), images)
 
 
@@ -311,11 +364,18 @@ def test_files(workdir, tmp_path, capsys):
     exponentials = np.exp(vectors["logits"][0] - vectors["logits"][0].max())
     expected = dict(zip(info.class_names, exponentials / exponentials.sum()))
     assert probabilities == pytest.approx(expected, abs=1e-4)
-    # The reported accuracies are those of the two models on the test part.
+    # The grids are those of the first training images.
     model, variables, _ = load_model(workdir)
+    data = load_dataset(DataConfig(name="digits"))
+    pixels = np.stack([data.train[i]["image"] for i in range(40)])
+    normalized = jnp.float32((pixels / 255.0 - np.asarray(info.mean)) / np.asarray(info.std))
+    for name, operation in quantize(model, variables, normalized).operations.items():
+        assert integers.operations[name].exponent == operation.exponent
+        assert integers.operations[name].clipped == pytest.approx(operation.clipped, abs=3e-4)
+    # The reported accuracies are those of the two models on the test part.
     own = quantize(model, variables, jnp.float32(images)).model.apply(variables, jnp.float32(images))
     assert np.abs(np.asarray(own) - vectors["logits"]).max() < 0.3
-    test = load_dataset(DataConfig(name="digits")).test
+    test = data.test
     pixels, labels = (np.stack([test[i][field] for i in range(len(test))]) for field in ("image", "label"))
     normalized = jnp.float32((pixels / 255.0 - np.asarray(info.mean)) / np.asarray(info.std))
     for kind, logits in (
@@ -400,6 +460,17 @@ def test_an_export_that_fails_leaves_nothing(workdir, tmp_path, monkeypatch):
         save(file, **arrays)
 
     monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WorkdirError, match="out cannot be written: No space left on device. Choose another"):
         export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkdirError, match="file/out cannot be written: .*xists"):
+        export_workdir(workdir, tmp_path / "file" / "out", calibration=8, vectors=1)
+
+
+def test_an_export_is_no_run(workdir, tmp_path):
+    export_workdir(workdir, tmp_path, calibration=8, vectors=1)
+    with pytest.raises(WorkdirError, match="holds an export. Give the directory of the run"):
+        export_workdir(tmp_path, tmp_path / "again")
+    with pytest.raises(WorkdirError, match="no checkpoints to choose the best of: leave --best out"):
+        predict(tmp_path, [], best=True)

@@ -212,6 +212,16 @@ def test_depthwise_kernel_gradients_are_summed_alike_everywhere(rows):
         np.testing.assert_allclose(np.asarray(form(*terms)), expected, atol=1e-4)
 
 
+def test_depthwise_sums_stay_apart_from_what_reduces_them():
+    # Else XLA for CPU fuses them into the mean, ten times as slow; what keeps them apart must outlive it.
+    def means(x, kernel):
+        y = _depthwise.depthwise_conv(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1)))
+        return jnp.mean(y, axis=-1)
+
+    compiled = jax.jit(means).lower(normal(0, 2, 8, 8, 16), normal(1, 3, 3, 1, 16)).compile()
+    assert "reduce-precision(" in compiled.as_text()
+
+
 def test_padding_costs_the_kernel():
     kernel = normal(0, 3, 3, 2, 4)
     out = adder_conv(jnp.zeros((1, 1, 1, 2)), kernel)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from adderflax.operators import adder_conv, adder_matmul, available_implementations
 
@@ -76,11 +77,24 @@ def test_too_many_terms_are_refused():
         adder_conv(jnp.zeros((1, 1, 1, 65794), jnp.int8), jnp.zeros((1, 1, 65794, 1), jnp.int8))
 
 
+def test_a_symbolic_number_of_terms_needs_a_bound():
+    def exported(*constraints):
+        (k,) = export.symbolic_shape("k", constraints=constraints)
+        shaped = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in ((2, k), (k, 3))]
+        return export.export(jax.jit(adder_matmul))(*shaped)
+
+    assert exported("k <= 65793").out_avals[0].dtype == jnp.int32
+    for constraints in ((), ("k <= 65794",)):
+        with pytest.raises(ValueError, match="sums of k terms, a symbolic number, .*such as 'k <= 1024'"):
+            exported(*constraints)
+
+
 def test_integers_meet_integers_at_p_1_only():
     x, y = jnp.zeros((2, 3), jnp.int8), jnp.zeros((3, 4), jnp.int8)
     with pytest.raises(TypeError, match="x has dtype int8 and y has dtype float32; integers meet integers"):
         adder_matmul(x, y.astype(jnp.float32))
-    for p in (2.0, jnp.ones(())):
+    assert adder_matmul(x, y, p=np.float32(1)).dtype == jnp.int32
+    for p in (2.0, True, jnp.ones(())):
         with pytest.raises(TypeError, match="no whole numbers. Pass p=1"):
             adder_matmul(x, y, p=p)
     with pytest.raises(TypeError, match="allowed are float32, bfloat16, float16, int8, uint8"):
