@@ -249,6 +249,98 @@ def check_attention_case(jax, np, case):
     record(kind="check", method="attention", case=str(case), good=good, note=note)
 
 
+CONVOLUTIONS = [  # x, kernel, strides, groups, dtype, rule; the padding is one pixel on every side
+    ((64, 8, 8, 512), (3, 3, 1, 512), (1, 1), 512, "float32", "hardtanh"),
+    ((64, 8, 8, 512), (3, 3, 1, 512), (1, 1), 512, "bfloat16", "hardtanh"),
+    ((3, 9, 7, 6), (3, 2, 1, 12), (2, 1), 6, "float32", "sign"),
+    ((8, 12, 12, 32), (3, 3, 32, 64), (1, 1), 1, "float32", "hardtanh"),
+    ((5, 11, 8, 12), (3, 3, 4, 9), (2, 2), 3, "float32", "sign"),
+    ((2, 16, 16, 16), (3, 3, 16, 16), (1, 1), 1, "bfloat16", "hardtanh"),
+]
+
+
+def check_convolutions():
+    """`adder_conv`, its sums of int8, and the depthwise convolution that multiplies."""
+    for case in CONVOLUTIONS:
+        guarded(f"convolution {case}", check_convolution, *case)
+
+
+def check_convolution(x_shape, kernel_shape, strides, groups, dtype, rule):
+    """Compares outputs and both gradients with float64, and the sums of integers with the exact ones."""
+    import jax
+    import numpy as np
+
+    operators()
+    from adderflax.operators import adder_conv
+    from adderflax.operators._depthwise import depthwise_conv
+
+    geometry = {"strides": strides, "padding": ((1, 1), (1, 1))}
+    random = np.random.default_rng()
+    x, kernel = (random.standard_normal(shape, np.float32) for shape in (x_shape, kernel_shape))
+    x, kernel = (array.astype(jax.numpy.dtype(dtype)) for array in (x, kernel))
+    adds = functools.partial(
+        adder_conv, feature_group_count=groups, grad_x=rule, grad_kernel=rule, **geometry
+    )
+    forms = {"adds": adds}
+    if kernel_shape[2] == 1:
+        forms["multiplies"] = functools.partial(depthwise_conv, **geometry)
+    for what, function in forms.items():
+        g = random.standard_normal(jax.eval_shape(function, x, kernel).shape, np.float32)
+
+        def run(x, kernel, g, function=function):
+            out, pull = jax.vjp(function, x, kernel)
+            return out, *pull(g.astype(out.dtype))
+
+        actual, again = ([np.asarray(a, np.float64) for a in jax.jit(run)(x, kernel, g)] for _ in range(2))
+        seen = np.asarray(g.astype(x.dtype), np.float64) if what == "multiplies" else g
+        expected = exact_convolution(what, rule, x, kernel, seen, strides, groups)
+        errors = [np.abs(a - e).max() / np.abs(e).max() for a, e in zip(actual, expected)]
+        # Gradients have the operands' dtype; the sums of the adding form are float32.
+        bounds = [2e-2 if dtype == "bfloat16" else 1e-5] * 3
+        if what == "adds":
+            bounds[0] = 1e-5
+        # The libraries' sums may differ from run to run; ours may not.
+        repeats = all(map(np.array_equal, actual, again))
+        good = repeats and all(error <= bound for error, bound in zip(errors, bounds))
+        note = f"errors {[f'{error:.1e}' for error in errors]}, repeats {repeats}"
+        case = f"{what} {(x_shape, kernel_shape, strides, groups, dtype, rule)}"
+        print(f"{'ok  ' if good else 'FAIL'} convolution {case}: {note}", flush=True)
+        record(kind="check", method="convolution", case=case, good=bool(good), note=note)
+    x, kernel = (random.integers(-128, 128, shape, np.int8) for shape in (x_shape, kernel_shape))
+    sums = np.asarray(jax.jit(adds)(x, kernel))
+    expected = exact_convolution("adds", rule, x, kernel, np.zeros(sums.shape), strides, groups)[0]
+    good = bool(np.array_equal(sums, expected))
+    print(f"{'ok  ' if good else 'FAIL'} convolution of int8 {x_shape, kernel_shape}", flush=True)
+    record(kind="check", method="convolution", case=f"int8 {x_shape, kernel_shape}", good=good, note="")
+
+
+def exact_convolution(what, rule, x, kernel, g, strides, groups):
+    """float64 (out, dx, dkernel), by definition, with one pixel of padding."""
+    import numpy as np
+
+    x, kernel, g = (np.asarray(array, np.float64) for array in (x, kernel, g))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    (height, width), filters = g.shape[1:3], kernel.shape[3] // groups
+    out, dpadded, dkernel = np.zeros(g.shape), np.zeros(padded.shape), np.zeros(kernel.shape)
+    for i, j, group in itertools.product(*map(range, kernel.shape[:2]), range(groups)):
+        seen = slice(group * kernel.shape[2], (group + 1) * kernel.shape[2])
+        rows = slice(i, i + (height - 1) * strides[0] + 1, strides[0])
+        columns = slice(j, j + (width - 1) * strides[1] + 1, strides[1])
+        of = slice(group * filters, (group + 1) * filters)
+        taps, weights = padded[:, rows, columns, seen, None], kernel[i, j, :, of]
+        cotangent = g[..., None, of]
+        if what == "multiplies":
+            out[..., of] += (taps * weights).sum(3)
+            to_x, to_kernel = weights * cotangent, taps * cotangent
+        else:
+            out[..., of] -= np.abs(taps - weights).sum(3)
+            shaped = np.sign(weights - taps) if rule == "sign" else np.clip(weights - taps, -1, 1)
+            to_x, to_kernel = shaped * cotangent, -shaped * cotangent
+        dpadded[:, rows, columns, seen] += to_x.sum(4)
+        dkernel[i, j, :, of] += to_kernel.sum((0, 1, 2))
+    return out, dpadded[:, 1:-1, 1:-1], dkernel
+
+
 def sanitize():
     """A few small kernels of each kind."""
     import jax

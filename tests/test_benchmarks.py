@@ -112,3 +112,24 @@ def test_the_gpu_benchmark_says_that_there_is_none(tmp_path):
     )
     assert child.returncode == 1 and "JAX finds no NVIDIA GPU here" in child.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_gpu_checks_of_convolutions_tell_right_from_wrong():
+    # In a process of its own: they stand an empty package around the operators.
+    program = """
+import device_gpu_checks as checks
+checks.CONVOLUTIONS = [checks.CONVOLUTIONS[2], checks.CONVOLUTIONS[4]]
+checks.check_convolutions()
+exact = checks.exact_convolution
+checks.exact_convolution = lambda *given: [1.01 * array for array in exact(*given)]
+checks.check_convolutions()
+"""
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(benchmarks)}
+    child = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    records = [json.loads(line[7:]) for line in child.stdout.splitlines() if line.startswith("RECORD ")]
+    # Adding, multiplying where it is depthwise, and int8; then the same against wrong expectations.
+    assert [found["good"] for found in records] == [True] * 5 + [False] * 5
