@@ -62,6 +62,20 @@ def test_ranks(similarity, linear):
     )
 
 
+@jax.numpy_dtype_promotion("standard")
+def test_ratios_by_number_format():
+    model = configured_model(load_config("configs/imagenet_adder_deit_ti.py", []))
+    ours, twins = inference_ledger(model), inference_ledger(multiplying_twin(model))
+    told = re.search(
+        r"int8 table the same convention gives (.*) for DeiT-Ti, with fp16 ([\d.]*):.*ratio is ([\d.]*\d)\.",
+        CLAIMS,
+        flags=re.DOTALL,
+    )
+    for cell, table in zip(told.groups(), ("int8", "fp16", "int8_int32")):
+        ratio = energy(twins, "paper", table).total / energy(ours, "paper", table).total
+        assert f"{ratio:.2f}" == cell, table
+
+
 def test_indices_of_random_maps(capsys):
     (snippet,) = re.findall(r"^```python\n(.*?)^```", CLAIMS, flags=re.MULTILINE | re.DOTALL)
     with jax.numpy_rank_promotion("allow"):
