@@ -35,6 +35,7 @@ from device_gpu_checks import (
     attention_run,
     check,
     check_attention,
+    check_bytes,
     check_convolutions,
     guarded,
     operators,
@@ -43,6 +44,7 @@ from device_gpu_checks import (
 )
 
 TWO, THREE = 16_700e9, 11_130e9  # elements/s at two and three instructions each
+FOUR_A_TURN = 66_900e9  # of bytes, four an instruction that issues every other clock
 SETS = 3  # of operands, in rotation
 DENSE = [(50432, 384, 1536), (50432, 1536, 384), (50432, 192, 192), (16384, 256, 512)]  # M, K, N
 WHOLE_ATTENTION = [(64, 197, 6, 64), (256, 65, 3, 64), (8, 1025, 6, 64)]  # batch, tokens, heads, depth
@@ -159,6 +161,19 @@ def time_variants():
     guarded(what, measure, what, DENSE[0], through_the_operator, None, 3)
 
 
+def time_bytes():
+    """int8, of which the packing of the templates into words is a part."""
+    operators()
+    from adderflax.operators import adder_matmul
+
+    def forward(x, y, g):
+        return adder_matmul(x, y, implementation="gpu")
+
+    for lengths in DENSE:
+        sets = random_sets(lengths, dtype="int8", scale=40.0)
+        guarded(f"int8 {lengths}", measure, "forward, int8", lengths, forward, FOUR_A_TURN, 1, 0.3, sets)
+
+
 def time_xla():
     """XLA's forms of the same, and its multiply."""
     import jax.numpy as jnp
@@ -254,8 +269,10 @@ SECTIONS = {  # name: (function, seconds it may take, whether it runs unasked)
     "check-gradient_x": (functools.partial(check, "gradient_x"), 100, True),
     "check-gradient_y": (functools.partial(check, "gradient_y"), 100, True),
     "check-attention": (check_attention, 100, True),
+    "check-bytes": (check_bytes, 100, True),
     "check-convolution": (check_convolutions, 100, True),
     "time-dense": (functools.partial(time_kernels, DENSE), 90, True),
+    "time-bytes": (time_bytes, 60, True),
     "time-attention": (functools.partial(time_kernels, ATTENTION), 60, True),
     "time-whole-attention": (time_whole_attention, 90, True),
     "time-variants": (time_variants, 60, True),

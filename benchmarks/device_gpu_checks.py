@@ -249,6 +249,41 @@ def check_attention_case(jax, np, case):
     record(kind="check", method="attention", case=str(case), good=good, note=note)
 
 
+BYTES = [  # M, K, N, before them a batch
+    (1, 1, 1), (5, 3, 7), (129, 65, 67), (1, 192, 1000), (1000, 7, 1), (1027, 193, 771), (2, 197, 64, 197),
+    (12, 65, 64, 65), (50432, 192, 192), (50431, 191, 190), (384, 50432, 96), (300, 768, 3072),
+    (24, 4099, 40),
+]  # fmt: skip
+
+
+def check_bytes():
+    """The sums of int8 and uint8, which are exact."""
+    for lengths, dtype in zip(BYTES, itertools.cycle(("int8", "uint8"))):
+        guarded(f"bytes {lengths} {dtype}", check_bytes_case, lengths, dtype)
+
+
+def check_bytes_case(lengths, dtype):
+    import jax
+    import numpy as np
+
+    operators()
+    from adderflax.operators import adder_matmul
+
+    *batch, m, k, n = lengths
+    random, ends = np.random.default_rng(), np.iinfo(dtype)
+    x, y = (random.integers(ends.min, ends.max + 1, (*batch, *s), dtype) for s in ((m, k), (k, n)))
+    run = jax.jit(functools.partial(adder_matmul, implementation="gpu"))
+    held = "xla.gpu.ptx" in run.lower(x, y).as_text()
+    actual, again = np.asarray(run(x, y)), np.asarray(run(x, y))
+    side = math.sqrt(12e6 / k / math.prod(batch))
+    rows, columns = some(random, m, side), some(random, n, side)
+    x, y, part = x[..., rows, :], y[..., columns], actual[..., rows, :][..., columns]
+    expected = -np.abs(x[..., :, None, :].astype(int) - y.mT[..., None, :, :].astype(int)).sum(-1)
+    good = held and bool(np.array_equal(part, expected) and np.array_equal(actual, again))
+    print(f"{'ok  ' if good else 'FAIL'} bytes {lengths} {dtype}: {part.size} compared, {held=}", flush=True)
+    record(kind="check", method="bytes", case=f"{lengths} {dtype}", good=good, note=f"kernels used {held}")
+
+
 CONVOLUTIONS = [  # x, kernel, strides, groups, dtype, rule; the padding is one pixel on every side
     ((64, 8, 8, 512), (3, 3, 1, 512), (1, 1), 512, "float32", "hardtanh"),
     ((64, 8, 8, 512), (3, 3, 1, 512), (1, 1), 512, "bfloat16", "hardtanh"),

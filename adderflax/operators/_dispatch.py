@@ -58,6 +58,8 @@ class Implementation(NamedTuple):
         platforms: lowering platforms it can be compiled for; None means all.
         refuses: (x, y) -> the reason why it does not take these operands, or None.
         attention: the whole of attention, where the implementation has it.
+        byte_distances: (x, y) of uint8 -> the forward method's sums in int32, where the implementation has
+            kernels for them; without it integers are summed as float32.
     """
 
     forward: Callable[[jax.Array, jax.Array], jax.Array]
@@ -66,6 +68,7 @@ class Implementation(NamedTuple):
     platforms: tuple[str, ...] | None = None
     refuses: Callable[[jax.Array, jax.Array], str | None] = lambda x, y: None
     attention: FusedAttention | None = None
+    byte_distances: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 IMPLEMENTATIONS = {
@@ -78,6 +81,7 @@ IMPLEMENTATIONS = {
         _gpu.PLATFORMS,
         _gpu.refuses,
         FusedAttention(_gpu_attention.forward, _gpu_attention.backward, _gpu_attention.refuses),
+        _gpu.byte_distances,
     ),
     "tpu": Implementation(
         *(_tpu.forward, _tpu.gradient_x, _tpu.gradient_y, _tpu.PLATFORMS, _tpu.refuses),
@@ -85,8 +89,8 @@ IMPLEMENTATIONS = {
     ),
 }
 # What implementation=None tries for each lowering platform before the fallback. "gpu" has run on an
-# H200 (results/operators.md). "tpu" has never run on a TPU: interpret mode checked its numbers, the
-# TPU's compiler its programs and their schedules.
+# H200 (results/operators.md), but for its sums of bytes, which only its name chooses. "tpu" has never
+# run on a TPU: interpret mode checked its numbers, the TPU's compiler its programs and their schedules.
 _PREFERRED = {"tpu": "tpu", "cuda": "gpu"}
 _FALLBACK = "xla"
 
@@ -124,6 +128,11 @@ def check_accepts(name: str | None, x: jax.Array, y: jax.Array) -> None:
         )
 
 
+def sums_bytes(name: str | None) -> bool:
+    """Whether an explicitly named implementation has kernels for sums of uint8."""
+    return name is not None and IMPLEMENTATIONS[name].byte_distances is not None
+
+
 def logging_enabled() -> bool:
     """Whether programs traced now log the implementation each time they run it."""
     return os.environ.get(LOG_VARIABLE, "") not in ("", "0")
@@ -133,7 +142,7 @@ def dispatch(method: str, operands, static, implementation: str | None, log: boo
     """Runs a method of the named implementation, or of the best one for each platform.
 
     Args:
-        method: "forward", "gradient_x" or "gradient_y".
+        method: "forward", "byte_distances", "gradient_x" or "gradient_y".
         operands: the arrays.
         static: further arguments.
         implementation: a name of the table, or None to choose when the program is lowered.

@@ -17,6 +17,9 @@ XLA's plain form takes the kernels' place in jax.export, which promises that pro
 versions, and in programs for several devices that XLA partitions, unless `jax.set_mesh` names
 the mesh, which the kernels' own partitioning needs. Under shard_map they run as on one device.
 
+Sums of int8 and uint8 have kernels of their own, the same text with four terms a word: VABSDIFF4 adds
+four differences of bytes in one instruction.
+
 Differences from the reference: a NaN in x or y does not reach the gradients ("hardtanh" and
 "sign" see it as -1 times the cotangent), only the result and thereby, in training, the
 cotangent; differences below 2^-127 count only in part for "sign".
@@ -64,6 +67,34 @@ def forward(x: jax.Array, y: jax.Array) -> jax.Array:
     return _call("forward", None, x, y)
 
 
+def byte_distances(x: jax.Array, y: jax.Array) -> jax.Array:
+    """-sum_k |x[..., m, k] - y[..., k, n]| of uint8 in int32, four terms an instruction.
+
+    Args:
+        x: [M, K] or [B, M, K], uint8.
+        y: [K, N], or [B, K, N] with x, likewise.
+    """
+    if 0 in (*x.shape, *y.shape):
+        return _xla.forward(x, y).astype(jnp.int32)
+    return _call("forward", None, *packed(x, y))
+
+
+def packed(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Four terms a word: [..., M, ceil(K / 4)] and [..., ceil(K / 4), N], uint32, of uint8."""
+    missing = (0, -x.shape[-1] % 4)  # filled up by terms that are equal on both sides
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [missing])
+    y = jnp.pad(y, [(0, 0)] * (y.ndim - 2) + [missing, (0, 0)])
+    x = x.reshape(*x.shape[:-1], -1, 4)
+    y = jnp.moveaxis(y.reshape(*y.shape[:-2], -1, 4, y.shape[-1]), -2, -1)
+    return jax.lax.bitcast_convert_type(x, jnp.uint32), jax.lax.bitcast_convert_type(y, jnp.uint32)
+
+
+def unpacked(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `packed` was made of, with the terms that fill up the last word."""
+    x, y = (jax.lax.bitcast_convert_type(words, jnp.uint8) for words in (x, y))  # [..., 4]
+    return x.reshape(*x.shape[:-2], -1), jnp.moveaxis(y, -1, -2).reshape(*y.shape[:-3], -1, y.shape[-2])
+
+
 def gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
     """sum_n rule(y[..., k, n] - x[..., m, k]) g[..., m, n] in float32, for hardtanh and sign."""
     return _call("gradient_x", rule, x, y, g)
@@ -88,6 +119,8 @@ def _call(method: str, rule: Rule | None, x: jax.Array, y: jax.Array, *g: jax.Ar
 
 def _plain(method: str, rule: Rule | None, *operands: jax.Array) -> jax.Array:
     """The same in XLA's own operations."""
+    if operands[0].dtype == jnp.uint32:
+        return _xla.forward(*unpacked(*operands)).astype(jnp.int32)
     return getattr(_xla, method)(*operands, *(() if rule is None else (rule,)))
 
 
@@ -113,7 +146,8 @@ def _result_shape(method: str, x, y) -> tuple[int, ...]:
 @_adder_p.def_abstract_eval
 def _abstract(x, y, *g, method, rule, partitioned):
     # From an operand, so that the result varies over the same mesh axes of a shard_map.
-    return x.update(shape=_result_shape(method, x, y), dtype=jnp.dtype("float32"), weak_type=False)
+    dtype = jnp.dtype(problem_of(method, rule, x, y, *g).result_dtype)
+    return x.update(shape=_result_shape(method, x, y), dtype=dtype, weak_type=False)
 
 
 @_adder_p.def_impl
@@ -258,7 +292,7 @@ def launch(problem: kernels.Problem, tile: kernels.Tile, x, y, *g) -> jax.Array:
     by_role = {"forward": (x, y), "gradient_x": (*g, y, x), "gradient_y": (x, *g, y)}[problem.method]
     shape = _result_shape(problem.method, x, y)
     parts = shape if tile.splits == 1 else (tile.splits, *shape)
-    result = jax.ShapeDtypeStruct(parts, jnp.float32)
+    result = jax.ShapeDtypeStruct(parts, problem.result_dtype)
     (result,) = run_cuda(kernels.source(problem, tile), tile.blocks(problem), tile.threads, by_role, [result])
     return result if tile.splits == 1 else jnp.sum(result, axis=0)
 

@@ -3,6 +3,7 @@
 //   OPERATION 0, forward    -|A - B|
 //   OPERATION 1, hardtanh   clip(slope (other - H), -1, 1) * weight
 //   OPERATION 2, sign       sign(other - H) * weight
+//   OPERATION 3, bytes      -|A - B|, each term four uint8, in whole numbers: int32 results
 //
 // where `weight`, the cotangent, is A if WEIGHT_IS_A, else B, and `other` is the remaining one.
 //
@@ -19,6 +20,8 @@
 // is subtracted every 128 terms, so that rounding errors grow with the sum itself and not with
 // the sum of the magnitudes. Where |slope H| is large, u = slope/2 (other - H) is rounded after
 // the subtraction instead, for one instruction more.
+
+#define IS_GRADIENT (OPERATION == 1 || OPERATION == 2)
 
 constexpr int THREADS = (THREADS_DOWN * THREADS_ACROSS + 31) / 32 * 32;
 constexpr int TILE_ROWS = THREADS_DOWN * MICRO_ROWS;
@@ -167,23 +170,23 @@ struct Fragment {
   }
 };
 
-using OperandA = Operand<A_TYPE, A_TERMS_CONTIGUOUS, ROWS, TILE_ROWS, OPERATION != 0 && WEIGHT_IS_A>;
-using OperandB = Operand<B_TYPE, B_TERMS_CONTIGUOUS, COLUMNS, TILE_COLUMNS, OPERATION != 0 && !WEIGHT_IS_A>;
+using OperandA = Operand<A_TYPE, A_TERMS_CONTIGUOUS, ROWS, TILE_ROWS, IS_GRADIENT && WEIGHT_IS_A>;
+using OperandB = Operand<B_TYPE, B_TERMS_CONTIGUOUS, COLUMNS, TILE_COLUMNS, IS_GRADIENT && !WEIGHT_IS_A>;
 using RowFragment = Fragment<MICRO_ROWS, THREADS_DOWN, true>;
 using ColumnFragment = Fragment<MICRO_COLUMNS, THREADS_ACROSS, COLUMNS_AS_VECTORS>;
 
 struct SharedMemory {
   alignas(16) float a[2][DEPTH][OperandA::STRIDE];
   alignas(16) float b[2][DEPTH][OperandB::STRIDE];
-#if OPERATION != 0 && WEIGHT_IS_A
+#if IS_GRADIENT && WEIGHT_IS_A
   alignas(16) float sums[OperandA::SLOTS][OperandA::STRIDE];
-#elif OPERATION != 0
+#elif IS_GRADIENT
   alignas(16) float sums[OperandB::SLOTS][OperandB::STRIDE];
 #endif
 };
 __shared__ SharedMemory shared;
 
-#if OPERATION != 0
+#if IS_GRADIENT
 template <typename Lines, typename Weight>
 __device__ __forceinline__ Lines sum_slots(int lane) {
   Lines total, slot_sums;
@@ -197,14 +200,23 @@ __device__ __forceinline__ Lines sum_slots(int lane) {
 }
 #endif
 
+#if OPERATION == 3
+using Sum = unsigned;
+// As the bits of a float: all results leave as such.
+__device__ __forceinline__ float result_of(Sum sum) { return __uint_as_float(0u - sum); }
+#else
+using Sum = float;
+__device__ __forceinline__ float result_of(Sum sum) { return (OPERATION == 0 ? 1.0f : 2.0f) * sum; }
+#endif
+
 struct Accumulator {
-  float at[MICRO_ROWS][MICRO_COLUMNS];
+  Sum at[MICRO_ROWS][MICRO_COLUMNS];
   float held[MICRO_ROWS][MICRO_COLUMNS];  // 1/2 - slope/2 H if fast, else H
   bool fast;
 
   __device__ __forceinline__ Accumulator() {
     UNROLL for (int i = 0; i < MICRO_ROWS; ++i) {
-      UNROLL for (int j = 0; j < MICRO_COLUMNS; ++j) at[i][j] = 0.0f;
+      UNROLL for (int j = 0; j < MICRO_COLUMNS; ++j) at[i][j] = 0;
     }
   }
 
@@ -219,6 +231,8 @@ struct Accumulator {
         UNROLL for (int j = 0; j < MICRO_COLUMNS; ++j) {
 #if OPERATION == 0
           at[i][j] -= fabsf(a.at[i] - b.at[j]);
+#elif OPERATION == 3
+          at[i][j] = add_byte_differences(at[i][j], __float_as_uint(a.at[i]), __float_as_uint(b.at[j]));
 #else
           const float weight = WEIGHT_IS_A ? a.at[i] : b.at[j];
           const float other = WEIGHT_IS_A ? b.at[j] : a.at[i];
@@ -234,7 +248,7 @@ struct Accumulator {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     adder_kernel(const A_TYPE* __restrict__ a_all, const B_TYPE* __restrict__ b_all,
-#if OPERATION != 0
+#if IS_GRADIENT
                  const H_TYPE* __restrict__ h_all,
 #endif
                  float* __restrict__ out_all) {
@@ -262,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   b.load(end - first_term);
 
   Accumulator sum;
-#if OPERATION != 0
+#if IS_GRADIENT
   sum.fast = OPERATION == 1;
   const H_TYPE* h = h_all + results * batch;
   UNROLL for (int i = 0; i < MICRO_ROWS; ++i) {
@@ -318,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       b.store(shared.b[buffer ^ 1]);
       __syncthreads();
     }
-#if OPERATION != 0
+#if IS_GRADIENT
     if (!more || chunk % CHUNKS_PER_CORRECTION == CHUNKS_PER_CORRECTION - 1) {
       __syncthreads();  // everyone has read the sums of the last correction
 #if WEIGHT_IS_A
@@ -341,7 +355,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   }
 
   if (spare) return;
-  constexpr float FACTOR = OPERATION == 0 ? 1.0f : 2.0f;
   UNROLL for (int i = 0; i < MICRO_ROWS; ++i) {
     const int row = first_row + RowFragment::line(row_lane, i);
     UNROLL for (int j = 0; j < MICRO_COLUMNS; j += WIDTH) {
@@ -349,10 +362,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       if (row >= ROWS || column >= COLUMNS) continue;
       float* result = out + static_cast<long long>(row) * COLUMNS + column;
       if (WIDTH == 4) {
-        store_four(result, FACTOR * sum.at[i][j], FACTOR * sum.at[i][j + 1 % WIDTH],
-                   FACTOR * sum.at[i][j + 2 % WIDTH], FACTOR * sum.at[i][j + 3 % WIDTH]);
+        store_four(result, result_of(sum.at[i][j]), result_of(sum.at[i][j + 1 % WIDTH]),
+                   result_of(sum.at[i][j + 2 % WIDTH]), result_of(sum.at[i][j + 3 % WIDTH]));
       } else {
-        *result = FACTOR * sum.at[i][j];
+        *result = result_of(sum.at[i][j]);
       }
     }
   }

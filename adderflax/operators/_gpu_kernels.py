@@ -22,8 +22,8 @@ KERNEL_NAME = "adder_kernel"
 _JAX_VERSIONS = ((0, 10, 2), (0, 12))
 ARCHITECTURE = 75  # Turing, the oldest that CUDA 13 compiles for; the driver adapts PTX to newer ones
 PTX_VERSION = "6.3"  # of that architecture
-CPP_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
-_OPERATIONS = {"forward": 0, "hardtanh": 1, "sign": 2}
+CPP_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16", "uint32": "bytes"}
+_OPERATIONS = {"forward": 0, "hardtanh": 1, "sign": 2, "bytes": 3}
 
 # What the model of a kernel's time assumes: an H200, and registers as ptxas hands them out.
 _MULTIPROCESSORS, _SCHEDULERS = 132, 4
@@ -43,7 +43,8 @@ class Problem(NamedTuple):
             (A = x, B = g, H = y).
         rule: of the gradients; None for the forward method.
         batch, rows, columns, terms: lengths of b, r, c, t.
-        dtypes: names of the dtypes of A, B and, for gradients, H.
+        dtypes: names of the dtypes of A, B and, for gradients, H. A forward method of uint32 has four uint8
+            in each term.
     """
 
     method: str
@@ -53,6 +54,17 @@ class Problem(NamedTuple):
     columns: int
     terms: int
     dtypes: tuple[str, ...]
+
+    @property
+    def operation(self) -> str:
+        """What the kernel computes: "forward", "bytes", or the kind of the rule."""
+        if self.rule is not None:
+            return self.rule.kind
+        return "bytes" if self.dtypes[0] == "uint32" else "forward"
+
+    @property
+    def result_dtype(self) -> str:
+        return "int32" if self.operation == "bytes" else "float32"
 
     @property
     def a_terms_contiguous(self) -> bool:
@@ -139,7 +151,8 @@ def choose_tile(problem: Problem) -> Tile:
 def estimated_clocks(problem: Problem, tile: Tile) -> float:
     """Clocks from the start to the end of the kernel, by counting its instructions."""
     warps = tile.threads // 32
-    math_instructions = 2 if problem.rule is None or problem.rule.kind == "hardtanh" else 3
+    # Differences of bytes are one instruction, which issues every other clock.
+    math_instructions = 3 if problem.operation == "sign" else 2
     wide_reads, narrow_reads = tile.micro_rows // 4, tile.micro_columns
     if problem.columns % 4 == 0:
         wide_reads, narrow_reads = wide_reads + narrow_reads // 4, 0
@@ -206,9 +219,8 @@ def half_slope(rule: Rule | None) -> str:
 
 def source(problem: Problem, tile: Tile) -> str:
     """The CUDA C++ of a problem: constants, then the text that all problems share."""
-    rule = problem.rule
     constants = {
-        "OPERATION": _OPERATIONS[rule.kind if rule else "forward"],
+        "OPERATION": _OPERATIONS[problem.operation],
         "WEIGHT_IS_A": int(problem.method == "gradient_x"),
         "BATCH": problem.batch,
         "ROWS": problem.rows,
@@ -224,7 +236,7 @@ def source(problem: Problem, tile: Tile) -> str:
         "BLOCKS_PER_SM": tile.blocks_per_sm,
         "A_TERMS_CONTIGUOUS": str(problem.a_terms_contiguous).lower(),
         "B_TERMS_CONTIGUOUS": str(problem.b_terms_contiguous).lower(),
-        "HALF_SLOPE": half_slope(rule),
+        "HALF_SLOPE": half_slope(problem.rule),
     }
     for letter, dtype in zip("ABH", problem.dtypes):
         constants[f"{letter}_TYPE"] = CPP_TYPES[dtype]

@@ -16,6 +16,7 @@ from adderflax.operators._dispatch import (
     dispatch,
     forward_spec,
     logging_enabled,
+    sums_bytes,
     with_automatic_axes,
 )
 from adderflax.operators.rules import GradientRule, Rule, canonical_rule
@@ -65,6 +66,8 @@ def adder_matmul(
     no gradient.
 
     Integers, as hardware has them, are summed exactly, by the same kernels, and have no gradient.
+    implementation="gpu" sums int8, or uint8, by kernels of its own, four terms an instruction; they have been
+    emulated and compiled, but have not run on a GPU yet, so None does not choose them.
 
     Args:
         x: [..., M, K], float32, bfloat16 or float16; or int8 or uint8, where both operands are.
@@ -98,6 +101,8 @@ def adder_matmul(
     plan = _Plan(rule_x, rule_y, check_implementation(implementation), logging_enabled())
     _check_batch(x, y)
     integers = _integer.take("adder_matmul", {"x": x, "y": y}, x.shape[-1], p)
+    if integers and sums_bytes(implementation):
+        integers = _integer.as_bytes(x, y) or integers
     x, y = integers or (x, y)
     check_accepts(implementation, x, y)
     if integers:
@@ -182,6 +187,8 @@ _adder_matmul.defvjp(_adder_matmul_fwd, _adder_matmul_bwd)
 
 def _run(method, operands, p, static, implementation, log):
     """Runs a method for the L1 distance, p = (), or for |x - y|^p, p = (p,)."""
+    if operands[0].dtype == jnp.uint8:
+        method = "byte_distances"
     if not p:
         return dispatch(method, operands, static, implementation, log)
     return getattr(_power, method)(*operands, *p, *static)

@@ -96,6 +96,17 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline unsigned add_byte_differences(unsigned sum, unsigned a, unsigned b) {
+  for (int shift = 0; shift < 32; shift += 8) sum += std::abs(int(a >> shift & 255) - int(b >> shift & 255));
+  return sum;
+}
+
 inline float __saturatef(float value) { return value > 0.0f ? std::min(value, 1.0f) : 0.0f; }
 
 inline float half_bits_to_float(unsigned short bits) {

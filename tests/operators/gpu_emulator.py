@@ -36,7 +36,7 @@ def emulate(folder: Path, calls, edit=lambda text: text) -> list[np.ndarray]:
         edit: applied to the CUDA source of each, for mutations.
 
     Returns:
-        The float32 results [batch, rows, columns]; infinite where the orders disagree.
+        The results [batch, rows, columns] in float32, of bytes int32; infinite where the orders disagree.
 
     Raises:
         EmulationError: a kernel left its arrays or its threads their barriers.
@@ -50,7 +50,7 @@ def emulate(folder: Path, calls, edit=lambda text: text) -> list[np.ndarray]:
     for problem, tile, _ in calls:
         shape = (tile.splits, problem.batch, problem.rows, problem.columns)
         taken, output = np.split(output, [np.prod(shape)])
-        results.append(taken.reshape(shape).sum(0))
+        results.append(taken.view(problem.result_dtype).reshape(shape).sum(0, dtype=problem.result_dtype))
     return results
 
 

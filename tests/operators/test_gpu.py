@@ -141,6 +141,71 @@ def test_emulated_kernels_are_within_the_bound(emulated, index):
     reference.assert_within(actual, value, terms, method)
 
 
+# Bytes: batch, rows, columns, terms, tile.
+BYTES = [
+    (1, 1, 1, 1, None),
+    (1, 5, 7, 6, None),
+    (2, 65, 65, 64, None),
+    (1, 131, 67, 147, LARGE),
+    (1, 128, 64, 96, LARGE),
+    (1, 13, 24, 1201, SPLIT),
+    (3, 14, 23, 70, ODD),
+]
+
+
+def byte_operands(batch, rows, columns, terms):
+    random = np.random.default_rng(terms)
+    x, y = (
+        random.integers(0, 256, shape, np.uint8) for shape in ((batch, rows, terms), (batch, terms, columns))
+    )
+    x[:, 0], y[..., 0] = 255, 0  # the largest sum
+    return x, y
+
+
+def byte_call(x, y, tile):
+    words = tuple(map(np.asarray, _gpu.packed(jnp.asarray(x), jnp.asarray(y))))
+    problem = _gpu.problem_of("forward", None, *words)
+    return problem, tile or kernels.choose_tile(problem), words
+
+
+def exact_sums(x, y):
+    return -np.abs(x[..., :, None, :].astype(int) - y.mT[..., None, :, :].astype(int)).sum(-1)
+
+
+def test_emulated_sums_of_bytes_are_exact(tmp_path):
+    reason = gpu_emulator.unavailable()
+    if reason:
+        pytest.skip(reason)
+    pairs = [byte_operands(*lengths) for *lengths, _ in BYTES]
+    calls = [byte_call(*pair, tile) for pair, (*_, tile) in zip(pairs, BYTES)]
+    for actual, pair in zip(gpu_emulator.emulate(tmp_path, calls), pairs):
+        assert actual.dtype == np.int32
+        np.testing.assert_array_equal(actual, exact_sums(*pair))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("__float_as_uint(b.at[j]));", "__float_as_uint(b.at[0]));"),
+        ("__uint_as_float(0u - sum)", "__uint_as_float(sum)"),
+        ("buffer ^ 1]);\n      __syncthreads();", "buffer ^ 1]);"),
+    ],
+)
+def test_mutated_sums_of_bytes_are_caught(before, after, tmp_path):
+    reason = gpu_emulator.unavailable()
+    if reason:
+        pytest.skip(reason)
+
+    def mutate(text):
+        assert text.count(before) == 1
+        return text.replace(before, after)
+
+    x, y = byte_operands(1, 21, 18, 560)
+    call = byte_call(x, y, kernels.Tile(4, 9, 4, 4, 16, 8, 1))
+    with pytest.raises((AssertionError, gpu_emulator.EmulationError)):
+        np.testing.assert_array_equal(gpu_emulator.emulate(tmp_path, [call], mutate)[0], exact_sums(x, y))
+
+
 # (method, text, its replacement). Each must be seen: by the order of the threads, by the
 # sanitizers, or by the numbers.
 MUTATIONS = {
@@ -190,6 +255,10 @@ VIT = {
     "key gradient, 65 tokens": ("gradient_y", "hardtanh", 1024, 64, 65, 65),
     "true input gradient": ("gradient_x", "sign", 1, 50432, 192, 768),
 }
+WORDS = {  # of four bytes
+    "bytes of a dense layer": ("forward", None, 1, 50432, 1536, 96),
+    "bytes of attention, 197 tokens": ("forward", None, 768, 197, 197, 16),
+}
 
 
 def problem(method, rule, *lengths, dtype="float32"):
@@ -197,21 +266,28 @@ def problem(method, rule, *lengths, dtype="float32"):
     return kernels.Problem(method, rule, *lengths, (dtype,) * (2 if method == "forward" else 3))
 
 
+def compiled(problem, tile, folder, architecture):
+    """The kernel's machine code, by nvcc and ptxas; beside it what ptxas says of it, as .txt."""
+    (folder / "kernel.cu").write_text(kernels.source(problem, tile))
+    nvcc = f"nvcc -std=c++17 -ptx -arch=compute_{kernels.ARCHITECTURE} kernel.cu -o kernel.ptx"
+    subprocess.run(nvcc.split(), cwd=folder, check=True, capture_output=True)
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(kernels.with_oldest_version(ptx.read_text()))
+    ptxas = ["ptxas", f"-arch={architecture}", "-v", "kernel.ptx", "-o", "kernel.cubin"]
+    report = subprocess.run(ptxas, cwd=folder, check=True, capture_output=True, text=True).stderr
+    (folder / "kernel.txt").write_text(report)
+    return folder / "kernel.cubin"
+
+
 @pytest.mark.gpu_compile
-@pytest.mark.parametrize("name", VIT)
+@pytest.mark.parametrize("name", [*VIT, *WORDS])
 def test_kernels_compile_without_spills(name, tmp_path):
     if shutil.which("nvcc") is None or shutil.which("ptxas") is None:
         pytest.skip("no nvcc and ptxas on the PATH")
-    wanted = problem(*VIT[name])
+    wanted = problem(*VIT[name]) if name in VIT else problem(*WORDS[name], dtype="uint32")
     tile = kernels.choose_tile(wanted)
-    (tmp_path / "kernel.cu").write_text(kernels.source(wanted, tile))
-    nvcc = f"nvcc -std=c++17 -ptx -arch=compute_{kernels.ARCHITECTURE} kernel.cu -o kernel.ptx"
-    subprocess.run(nvcc.split(), cwd=tmp_path, check=True, capture_output=True)
-    ptx = tmp_path / "kernel.ptx"
-    ptx.write_text(kernels.with_oldest_version(ptx.read_text()))
     for architecture in ("sm_80", "sm_90a"):
-        ptxas = ["ptxas", f"-arch={architecture}", "-v", "kernel.ptx", "-o", "kernel.cubin"]
-        report = subprocess.run(ptxas, cwd=tmp_path, check=True, capture_output=True, text=True).stderr
+        report = compiled(wanted, tile, tmp_path, architecture).with_suffix(".txt").read_text()
         assert " 0 bytes spill stores, 0 bytes spill loads" in report, report
         registers = int(re.search(r"Used (\d+) registers", report)[1])
         assert registers * tile.threads * tile.blocks_per_sm <= 65536
@@ -232,6 +308,17 @@ def test_loops_consist_of_arithmetic(name, tmp_path):
     ptxas = ["ptxas", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
     subprocess.run(ptxas, cwd=tmp_path, check=True, capture_output=True)
     assert gpu_sass.arithmetic_share(tmp_path / "kernel.cubin") > 0.92
+
+
+@pytest.mark.gpu_compile
+def test_bytes_are_four_terms_an_instruction(tmp_path):
+    if shutil.which("nvcc") is None or shutil.which("ptxas") is None or gpu_sass.disassembler() is None:
+        pytest.skip("no nvcc, ptxas or nvdisasm on the PATH")
+    wanted = problem("forward", None, 1, 50432, 1536, 96, dtype="uint32")
+    tile = kernels.choose_tile(wanted)
+    loop = gpu_sass.longest_loop(compiled(wanted, tile, tmp_path, "sm_90a"))
+    sums = [opcode for opcode in loop if opcode == "VABSDIFF4.U8.ACC"]
+    assert len(sums) == tile.micro_rows * tile.micro_columns * tile.depth and len(sums) > 0.85 * len(loop)
 
 
 @pytest.mark.gpu_compile
@@ -363,6 +450,8 @@ def on_cpu(any_machine, monkeypatch):
     """The primitive lowered for the CPU, with the reference in the place of the kernel."""
 
     def launch(problem, tile, *arrays):
+        if problem.operation == "bytes":
+            return _reference.forward(*_gpu.unpacked(*arrays)).astype(jnp.int32)
         rule = () if problem.rule is None else (problem.rule,)
         if problem.method == "gradient_y":
             x, y, g = (jnp.swapaxes(array, -1, -2) for array in arrays)
@@ -474,3 +563,71 @@ def test_under_shard_map(on_cpu, method, rule, check_vma):
 
     run = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
     check(method, rule, jax.jit(run)(*used(method, *arrays)), *arrays)
+
+
+# --- integers ---
+
+
+def integer_operands(*lengths, dtype=np.int8):
+    *batch, m, k, n = lengths
+    random, ends = np.random.default_rng(k), np.iinfo(dtype)
+    return [random.integers(ends.min, ends.max + 1, (*batch, *s), dtype) for s in ((m, k), (k, n))]
+
+
+def named(x, y):
+    return adder_matmul(x, y, implementation="gpu")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+@pytest.mark.parametrize(
+    "lengths", [(1, 1, 1), (5, 7, 6), (3, 9, 13, 4), (2, 3, 4, 8, 5), (3, 0, 4), (0, 3, 4)]
+)
+def test_integers_take_the_kernel_of_bytes_where_it_is_named(on_cpu, monkeypatch, lengths, dtype):
+    launched = []
+    launch = _gpu.launch
+    monkeypatch.setattr(
+        _gpu, "launch", lambda problem, *rest: launched.append(problem) or launch(problem, *rest)
+    )
+    x, y = integer_operands(*lengths, dtype=dtype)
+    found = jax.jit(named)(x, y)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, exact_sums(x, y))
+    if 0 not in lengths:
+        (problem,) = launched
+        assert problem.operation == "bytes" and problem.terms == -(-lengths[-2] // 4)
+    # Not where it is left to us to choose, nor where int8 meets uint8.
+    launched.clear()
+    np.testing.assert_array_equal(jax.jit(adder_matmul)(x, y), exact_sums(x, y))
+    assert not any(problem.operation == "bytes" for problem in launched)
+    np.testing.assert_array_equal(named(x, y.view(np.uint8)), exact_sums(x, y.view(np.uint8)))
+    assert dtype == np.uint8 or not any(problem.operation == "bytes" for problem in launched)
+
+
+def test_batches_of_integers_fold_and_vmap(on_cpu):
+    x, y = integer_operands(4, 5, 7, 6)
+    np.testing.assert_array_equal(jax.vmap(named)(x, y), exact_sums(x, y))
+    np.testing.assert_array_equal(jax.vmap(named, (0, None))(x, y[0]), exact_sums(x, y[:1]))
+    np.testing.assert_array_equal(named(x, y[0]), exact_sums(x, y[:1]))
+    np.testing.assert_array_equal(named(x[0], y), exact_sums(x[:1], y))
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_integers_partitioned_by_the_compiler(on_cpu, sharding):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays = integer_operands(8, 16, 10)
+    placed = [
+        jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+        for array, axes in zip(arrays, SHARDINGS[sharding])
+    ]
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(jax.jit(named)(*placed), exact_sums(*arrays))
+    # Without a mesh the compiler partitions the plain form.
+    np.testing.assert_array_equal(jax.jit(lambda x, y: named(x, y))(*placed), exact_sums(*arrays))
+
+
+def test_exported_integers_hold_xla_operations_only(any_machine):
+    x, y = integer_operands(5, 7, 6)
+    exported = jax.export.export(jax.jit(named), platforms=["cuda"])(*specs(x.shape, y.shape, dtype=jnp.int8))
+    assert "xla.gpu.ptx" not in exported.mlir_module()
+    assert "xla.gpu.ptx" in lowered(named, x, y)
+    assert exported.out_avals[0].dtype == jnp.int32
