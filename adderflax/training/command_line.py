@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from adderflax.training.config import ConfigError
 
@@ -35,8 +35,8 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
     except Exception as error:
         message = (
             _inside_the_file(error, f"{holder.name}_config")
-            or _outside_of_it(error)
             or _below_a_value(values[holder.name], command)
+            or _outside_of_it(error)
         )
         if not message:
             raise
@@ -65,8 +65,18 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def _require_file(flag: str, command: Sequence[str]) -> None:
     """Raises a ConfigError if the file that `flag` names in `command` is not there."""
-    for file in map(Path, (value.partition(":")[0] for value in _given(flag, command))):
-        if file == Path() or file.is_file():
+    given = [value.partition(":")[0] for value in _given(flag, command)]
+    if len(given) > 1:
+        raise ConfigError(f"--{flag} is given {len(given)} times: {', '.join(given)}. Give one.")
+    fields = [word for word in command if re.match(rf"--?(no)?{flag}\.", word)]
+    if fields and not given:
+        raise ConfigError(
+            f"--{flag} is missing: {fields[0]} sets a field of a configuration file. Name it first."
+        )
+    if given and (not given[0] or given[0].startswith("-")):
+        raise ConfigError(f"--{flag} needs a file, as in --{flag} configs/digits_adder_vit.py.")
+    for file in map(Path, given):
+        if file.is_file():
             continue
         if file.is_dir():
             inside = ", ".join(map(str, sorted(file.glob("*.py")))) or "no Python file"
@@ -108,25 +118,29 @@ def _inside_the_file(error: BaseException | None, module: str) -> str:
 
 
 def _no_configuration(loaded: object) -> str:
+    kind = "None" if loaded is None else f"a {type(loaded).__name__}"
     return (
-        f"get_config() of the configuration file returned {loaded!r} and not a ConfigDict: end it with"
-        " return config."
+        f"The configuration file's get_config() returned {kind}, not a ConfigDict: end it with return config."
     )
 
 
 def _below_a_value(flag: flags.Flag, command: Sequence[str]) -> str:
     """Which field that `command` sets lies below what has no fields; empty where none does."""
-    if not (files := list(_given(flag.name, command))):
+    try:
+        config = next(map(flag.parser.parse, _given(flag.name, command)), None)
+        # What has no value yet, or is none, is told by the error itself.
+        if not isinstance(config, ConfigDict):
+            return _no_configuration(config)
+    except Exception:
         return ""
-    if not isinstance(config := flag.parser.parse(files[-1]), ConfigDict):
-        return _no_configuration(config)
     for word in command:
         node, above = config, []
-        if not (named := re.match(rf"--?{flag.name}\.([\w.]+)", word)):
+        if not (named := re.match(rf"--?(?:no)?{flag.name}\.([\w.]+)", word)):
             continue
         for name in named[1].split("."):
             if not isinstance(node, ConfigDict):
-                return f"{word}: {'.'.join(above)} is a value, {node!r}, and has no field {name!r}."
+                held = "unset" if node is None else f"a value, {node!r},"
+                return f"{word}: {'.'.join(above)} is {held} and has no field {name!r}."
             if name not in node:
                 break
             node, above = node[name], [*above, name]
@@ -138,6 +152,15 @@ def _outside_of_it(error: Exception) -> str:
     message = _unknown_field(error)
     if isinstance(error, AttributeError) and error.name == "get_config":
         message = f"{error.obj.__file__} defines no get_config(), which returns the configuration."
+    elif isinstance(error, config_dict.RequiredValueError):
+        message = (
+            "A field of the configuration is a required_placeholder. Give it a value in the file: the command"
+            " line's values come later."
+        )
+    elif "FrozenConfigDict" in str(error):
+        message = (
+            "get_config() returned a FrozenConfigDict, whose fields nothing can set. Return a ConfigDict."
+        )
     elif isinstance(error, (flags.Error, OSError, ValueError)):
         flag, failed, failure = str(error).partition(" Error whilst parsing config file:")
         # The reason is the last line of a traceback, behind the way through this library.
@@ -152,8 +175,8 @@ def _unknown_field(error: Exception) -> str:
     raised_by = traceback.extract_tb(error.__traceback__)[-1].filename
     if not isinstance(error, (AttributeError, KeyError)) or "ml_collections" not in raised_by:
         return ""
-    if "does not support indexing" in str(error):  # what is above the field is none
-        return ""
+    if "does not support indexing" in str(error) or "FrozenConfigDict" in str(error):
+        return ""  # what it names is no field
     # ml_collections quotes the unknown name first, then proposes the nearest one that exists.
     text = str(error.args[0]).replace("\\n", " ")
     proposal = re.search(r"you mean \W*(\w+)", text)

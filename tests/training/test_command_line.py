@@ -3,8 +3,10 @@
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from adderflax.training.command_line import load_config
+from adderflax.training.command_line import load_config, parse
 from adderflax.training.config import ConfigError
 
 BEGIN = """
@@ -55,7 +57,19 @@ def test_what_is_no_configuration(tmp_path, monkeypatch):
     file.write_text("def get_config(): pass")
     assert f"{file}:vit: get_config() takes 0 positional arguments but 1 was given." in refusal(f"{file}:vit")
     for overrides in ([], ["--config.seed=1"]):
-        assert "returned None and not a ConfigDict: end it with return config." in refusal(file, *overrides)
+        assert "returned None, not a ConfigDict: end it with return config." in refusal(file, *overrides)
+    file.write_text(BEGIN + "    return config, 1")
+    assert "returned a tuple, not a ConfigDict" in refusal(file)
+    file.write_text(BEGIN + "    import ml_collections\n    return ml_collections.FrozenConfigDict(config)")
+    assert "returned a FrozenConfigDict, whose fields nothing can set. Return a ConfigDict." in refusal(file)
+
+
+def test_a_field_without_a_value(tmp_path):
+    file = tmp_path / "required.py"
+    line = "    config.seed = config_dict.required_placeholder(int)\n    return config"
+    file.write_text("from ml_collections import config_dict" + BEGIN + line)
+    for overrides in ([], ["--config.seed=1"]):
+        assert "is a required_placeholder. Give it a value in the file" in refusal(file, *overrides)
 
 
 def test_a_file_that_is_not_there(root, tmp_path, monkeypatch):
@@ -81,6 +95,26 @@ def test_mistakes_on_the_command_line(root):
     assert refusal(file, "--config.seed=x").startswith("flag --config.seed=x: invalid literal for int()")
     for override, told in (
         ("--config.seed.x=1", "seed is a value, 0, and has no field 'x'."),
+        ("--noconfig.seed.x", "seed is a value, 0, and has no field 'x'."),
         ("--config.optimizer.name.x=1", "optimizer.name is a value, 'adamw', and has no field 'x'."),
+        ("--config.model.depth.x=1", "model.depth is unset and has no field 'x'."),
     ):
         assert refusal(file, override) == f"{override}: {told}"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["--config=a.py", "--config", "b.py:vit"], "--config is given 2 times: a.py, b.py. Give one."),
+        (["--config.seed=1"], "--config is missing: --config.seed=1 sets a field of a configuration file."),
+        (["--noconfig.x"], "--config is missing: --noconfig.x sets a field of a configuration file."),
+        (["--config="], "--config needs a file, as in --config configs/digits_adder_vit.py."),
+        (["--config", "--workdir=x"], "--config needs a file, as in --config configs/digits_adder_vit.py."),
+    ],
+)
+def test_commands_without_one_file(command, told):
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["train.py", *command])
+    with pytest.raises(ConfigError) as refused:
+        parse(values, holder, ["train.py", *command])
+    assert str(refused.value).startswith(told)
