@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 
@@ -215,6 +216,9 @@ class DatasetInfo:
       train_examples: images in the training part.
       validation_examples: images in the validation part, 0 where there is none.
       test_examples: images in the test part.
+
+    Raises:
+      ValueError: a value is none of these; the message names the field.
     """
 
     name: str
@@ -230,5 +234,17 @@ class DatasetInfo:
     test_examples: int
 
     def __post_init__(self) -> None:
-        for name in ("class_names", "mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        lengths = {"class_names": "num_classes", "mean": "channels", "std": "channels"}
+        resize = {} if self.eval_resize is None else {"eval_resize": 1}
+        parts = dict.fromkeys(("train_examples", "validation_examples", "test_examples"), 0)
+        for name, least in {"num_classes": 1, "image_size": 1, "channels": 1, **resize, **parts}.items():
+            value = getattr(self, name)
+            _require(_is_whole(value, least), f"{name}={value!r} must be a whole number of at least {least}.")
+        for name, count in lengths.items():
+            value, kind = getattr(self, name), str if name == "class_names" else numbers.Real
+            listed = isinstance(value, (list, tuple)) and all(isinstance(entry, kind) for entry in value)
+            _require(
+                listed and len(value) == getattr(self, count),
+                f"{name}={value!r} must have {count}={getattr(self, count)} entries.",
+            )
+            object.__setattr__(self, name, tuple(value))

@@ -149,14 +149,24 @@ class Checkpointer:
 
         A field of `state`, a dataclass or dictionary, that is None stays None where the checkpoint is older
         than the field.
+
+        Raises:
+          WorkdirError: the checkpoint is of another model, or damaged.
         """
         step = self.latest_step if step is None else step
         fields = dict(vars(state) if dataclasses.is_dataclass(state) else state)
         saved = ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
         wanted = {name: value for name, value in fields.items() if value is not None or name in saved}
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        )
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise WorkdirError(
+                f"Checkpoint {step} of {self._directory} does not fit the model that config.json and"
+                f" dataset.json beside it describe: {' '.join(str(error).split())[:200]}. Put back the files"
+                " that came with it."
+            ) from error
         fields |= restored["state"]
         return type(state)(**fields)
 

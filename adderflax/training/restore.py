@@ -49,10 +49,21 @@ def config_here(workdir: str | Path) -> dict[str, Any]:
     That is the mesh, and an operator implementation that this machine's platform does not have.
     """
     saved = workdir_lib.read_config(workdir)
-    model = saved.get("model", {})
+    if not isinstance(model := saved.get("model", {}), dict):
+        raise ConfigError(f"model={model!r} in {Path(workdir) / 'config.json'} must hold named fields.")
     if model.get("implementation") not in (None, *implementations_here()):
         model = model | {"implementation": None}
     return saved | {"mesh": {}, "model": model}
+
+
+def require_run(workdir: str | Path) -> None:
+    """Raises a WorkdirError if a directory holds integers in place of a run."""
+    if (Path(workdir) / workdir_lib.INTEGERS).exists():
+        raise workdir_lib.WorkdirError(
+            f"{workdir} holds an export, integers that python -m adderflax.predict and"
+            " adderflax.analysis.integer_files.load_integers read. Give the directory of the run that it was"
+            " made from."
+        )
 
 
 def data_from(config: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
@@ -72,8 +83,10 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
       averages where the run keeps any; and the description of the data set.
 
     Raises:
-      WorkdirError: the directory holds no run, no checkpoint yet, or a file of weights that does not fit.
+      WorkdirError: the directory holds no run, no checkpoint yet, what does not fit its config.json, or an
+        export.
     """
+    require_run(workdir)
     run = RunConfig.parse(config_here(workdir))
     info = workdir_lib.read_info(workdir)
     model = build_model(run.model_config(info))

@@ -20,7 +20,7 @@ from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.preemption import StopSignals
-from adderflax.training.restore import WEIGHTS, config_here, data_from, load_model, require_implementation
+from adderflax.training.restore import config_here, data_from, load_model, require_implementation
 from adderflax.training.state import (
     TrainState,
     abstract_state,
@@ -351,14 +351,9 @@ def evaluate(
     # A teacher is needed no more.
     trainer = Trainer(described | {"distillation": {}})
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
-        if checkpointer.latest_step is None and (Path(workdir) / WEIGHTS).exists():
+        if checkpointer.latest_step is None:  # a file of weights, or nothing to evaluate
             _, variables, _ = load_model(workdir)
             return trainer.evaluate(variables, "test")
-        if checkpointer.latest_step is None:
-            raise WorkdirError(
-                f"{Path(workdir).absolute()} has no complete checkpoint yet, so there is nothing to evaluate."
-                " Train first: the same command without --eval_only."
-            )
         state = checkpointer.restore_state(trainer.abstract_state())
         return {"steps": int(state.step)} | trainer.evaluate(state.evaluated_variables, "test")
 

@@ -187,7 +187,7 @@ def read_info(workdir: str | Path) -> DatasetInfo:
     """
     try:
         return DatasetInfo(**_read_json(workdir, "dataset.json"))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise _unreadable(Path(workdir) / "dataset.json", error) from error
 
 
@@ -273,7 +273,8 @@ def _read_json(workdir: str | Path, name: str) -> dict[str, Any]:
 
 def _unreadable(file: Path, error: Exception) -> WorkdirError:
     return WorkdirError(
-        f"{file} cannot be read: {error}. Put back a copy of it, or choose another directory with --workdir."
+        f"{file} cannot be read: {str(error).removesuffix('.')}. Put back a copy of it, or choose another"
+        " directory with --workdir."
     )
 
 

@@ -83,3 +83,22 @@ def test_importing_is_light(root):
     code = f"import sys, adderflax.data; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_classes", None),
+        ("image_size", 0),
+        ("channels", True),
+        ("eval_resize", "256"),
+        ("test_examples", -1),
+        ("class_names", ["a"]),
+        ("class_names", [1, 2, 3]),
+        ("mean", "x"),
+        ("std", []),
+    ],
+)
+def test_info_refuses_what_describes_no_set(make_info, field, value):
+    with pytest.raises(ValueError, match=f"^{field}=.* must "):
+        dataclasses.replace(make_info(), **{field: value})

@@ -15,7 +15,9 @@ from tensorboardX.record_writer import RecordWriter
 
 from adderflax.training import divergence, environment, sharding, workdir
 from adderflax.training.checkpoints import Checkpointer
+from adderflax.training.config import ConfigError
 from adderflax.training.metrics import MetricsWriter, read_metrics
+from adderflax.training.restore import config_here
 from adderflax.training.steplog import DivergenceError
 from adderflax.training.workdir import WorkdirError
 
@@ -53,7 +55,7 @@ def test_a_checkpoint_older_than_a_field_of_the_state(tmp_path):
         restored = checkpointer.restore_state(state | {"younger": None})
         assert restored.pop("younger") is None and restored.pop("average") is None
         np.testing.assert_array_equal(restored["w"], jnp.arange(3))
-        with pytest.raises(ValueError, match="younger"):
+        with pytest.raises(WorkdirError, match="does not fit the model that config.json .* younger"):
             checkpointer.restore_state(state | {"younger": jnp.zeros(3)})
 
 
@@ -278,6 +280,9 @@ def test_damaged_config_is_named(tmp_path):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(WorkdirError, match=f"dataset.json cannot be read: .*{told}.*Put back a copy"):
             workdir.read_info(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": null}')
+    with pytest.raises(ConfigError, match="model=None in .*config.json must hold named fields"):
+        config_here(tmp_path)
 
 
 def test_batches_are_split_over_the_devices():
