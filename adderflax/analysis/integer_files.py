@@ -70,11 +70,9 @@ def export_workdir(
       WorkdirError: the workdir holds no trained run, or the directory cannot be written.
       adderflax.data.DatasetNotReadyError: the data set is not there.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory; choose another to write to.")
-    if holds_integers(workdir):
-        raise WorkdirError(f"{workdir} holds an export. Give the directory of the run that it was made from.")
     model, variables, info = load_model(workdir, best=best)
     data = RunConfig.parse(data_from(read_config(workdir), data_dir)).data
     dataset = load_dataset(data)
@@ -123,15 +121,23 @@ def export_workdir(
 
 @contextlib.contextmanager
 def _all_or_nothing(directory: Path) -> Iterator[Path]:
-    """Gives a directory to write that becomes `directory` in the end, and leaves nothing if it fails."""
-    with _telling_of(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent)
-    with scratch:
-        (written := Path(scratch.name) / "integers").mkdir()
-        yield written
+    """Gives a directory to write whose files are those of `directory` in the end, or leaves nothing."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
         with _telling_of(directory):
-            written.rename(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix=".export-", dir=directory)
+        with scratch:
+            yield (written := Path(scratch.name))
+            with _telling_of(directory):
+                # The one that says what the others are comes last.
+                for file in sorted(written.iterdir(), key=lambda file: file.name == INTEGERS):
+                    file.rename(directory / file.name)
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -141,8 +147,8 @@ def _telling_of(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WorkdirError(
-            f"{directory} cannot be written: {error.strerror or error}. Choose another directory, or make"
-            " room."
+            f"{directory} cannot be written: {error.strerror or error}. Mend that, or choose another"
+            " directory."
         ) from error
 
 

@@ -17,6 +17,7 @@ gives them.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ _TEMPLATES = "adder_kernel"
 _GEOMETRY = ("strides", "padding", "dilation", "feature_group_count")
 # Grids that are tried: the finest that cuts nothing off, and this many finer ones.
 _FINER = 4
+_MOST_TERMS = EXACT // 255  # as `adderflax.adder_matmul` sums int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +174,13 @@ def quantize(
     Raises:
       TypeError: the model has no such `config`.
       ValueError: `bits` is not allowed; the model has no adder layer and no L1 similarity; or one of them is
-        not finite, called twice, not called, called inside a transformation of JAX, such as a scan, or has
-        more terms than are summed exactly.
+        not finite, called twice, not called, called at another p or inside a transformation of JAX, such as a
+        scan, or has more terms than are summed exactly; or there is no image.
     """
     if bits not in BITS or isinstance(bits, bool):
         raise ValueError(f"bits={bits!r} is not known; choose one of {', '.join(map(str, BITS))}.")
+    if len(images_BxHxWxC) == 0:
+        raise ValueError("There are no calibration images; take some hundred of the training set.")
     model = in_float32(model)
     operations: dict[str, IntegerOperation] = {}
     queries: dict[str, jax.Array] = {}
@@ -188,6 +192,7 @@ def quantize(
             operations[_name(layer)] = _layer_operation(layer, arguments[0], outputs, bits)
         if (attention := _similarity_of(context)) is not None:
             name = _name(attention)
+            _require_seen_once(name, outputs, operations)
             if layer.name == "query":  # it comes before the key
                 queries[name] = outputs
             else:
@@ -203,10 +208,10 @@ def quantize(
             " model whose arithmetic adds."
         )
     for name, operation in operations.items():
-        if operation.terms * (2**bits - 1) > EXACT:
+        if operation.terms > _MOST_TERMS:
             raise ValueError(
-                f"{name} sums {operation.terms} terms, and at {bits} bits no more than"
-                f" {EXACT // (2**bits - 1)} are exact in float32. Choose fewer bits."
+                f"{name} sums {operation.terms} terms, and {_MOST_TERMS} are the most whose sums of int8 are"
+                " exact. Cut the layer in two."
             )
     flat = traverse_util.flatten_dict(variables)
     templates = {path: "/".join(path[1:-1]) for path in flat if path[-1] == _TEMPLATES}
@@ -309,17 +314,26 @@ def _require_plain_call(
     layer: nn.Module, arguments: tuple, keywords: dict, outputs: jax.Array, seen: Mapping
 ) -> None:
     """Raises a ValueError unless this is the layer's only call, in view, of its inputs alone or at p = 1."""
+    _require_seen_once(_name(layer), outputs, seen)
+    powers = [*arguments[1:], *keywords.values()]
+    if not arguments or not all(isinstance(p, numbers.Real) and p == 1 for p in powers):
+        raise ValueError(
+            f"{_name(layer)} is not called as layer(inputs) at p = 1, so its sums are not those of integers."
+            " Call it so."
+        )
+
+
+def _require_seen_once(name: str, outputs: jax.Array, seen: Mapping) -> None:
+    """Raises a ValueError if outputs have no values here, or are a second call's."""
     if isinstance(outputs, jax.core.Tracer):
         raise ValueError(
-            f"{_name(layer)} is called inside a transformation of JAX, such as jit, scan or remat, where its"
+            f"{name} is called inside a transformation of JAX, such as jit, scan or remat, where its"
             " values cannot be seen. Call it outside of any."
         )
-    powers = [*arguments[1:], *keywords.values()]
-    plain = len(arguments) > 0 and all(isinstance(p, (int, float)) and p == 1 for p in powers)
-    if not plain or _name(layer) in seen:
+    if name in seen:
         raise ValueError(
-            f"{_name(layer)} is called twice, or not as layer(inputs) at p = 1: its integers would not be"
-            " those of every call. Give each call a layer of its own, and p = 1."
+            f"{name} is called twice: its integers would not be those of every call. Give each call a layer"
+            " of its own."
         )
 
 
