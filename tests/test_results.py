@@ -256,10 +256,13 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
     assert new["devices"] == old["devices"] == ["NVIDIA H200"]
     cells = row("CIFAR-10 in full, 3.9 M parameters, 50 epochs on an H200, seed 0")
     assert cells[1].startswith(f"{new['test_accuracy']:.4f};") and new["config"]["epochs"] == 50
-    warm, longer = read("warm"), read("warm_longer")
-    for run in (warm, longer):
+    warm, longer, mixed = (read(f"warm{name}") for name in ("", "_longer", "_mixed"))
+    for run in (warm, longer, mixed):
         assert run["test_examples"] == 10_000 and f"| {run['test_accuracy']:.4f} |" in page
-    assert f"They took {warm['seconds']:,.0f} and {longer['seconds']:,.0f} s" in page
+    seconds = [f"{run['seconds']:,.0f}" for run in (warm, longer, mixed)]
+    assert "They took {}, {} and {} s".format(*seconds) in page
+    ahead = round(10_000 * (mixed["test_accuracy"] - warm["test_accuracy"]))
+    assert f"{ahead} of 10,000 images ahead of the first" in page and mixed["test_accuracy"] == 0.8999
     assert cells[0].startswith(f"{warm['test_accuracy']:.4f} from the twin's weights, 2 epochs")
     behind = 100 * (new["test_accuracy"] - warm["test_accuracy"])
     assert f"is {behind:.1f} points behind it, at {100 * warm['test_accuracy']:.1f} %" in page
@@ -303,12 +306,13 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
 def test_the_table_of_the_warm_runs_is_what_they_wrote():
     lines = (RESULTS / "cifar10.md").read_text().splitlines()
     found = {}
-    for run, row_of_run in (("warm", "| first run, v"), ("warm_longer", "| second run, v")):
+    for run, ordinal in (("warm", "first"), ("warm_longer", "second"), ("warm_mixed", "third")):
+        row_of_run = f"| {ordinal} run, v"
         told = next(line for line in lines if line.startswith(row_of_run)).split("|")[2:-1]
         written = map(json.loads, (RESULTS / "cifar10" / run / "metrics.jsonl").read_text().splitlines())
         found[run] = [f"{x['validation_accuracy']:.3f}" for x in written if "validation_accuracy" in x]
         assert [cell.strip() for cell in told if cell.strip()] == found[run]
-    assert [len(accuracies) for accuracies in found.values()] == [6, 4]
+    assert [len(accuracies) for accuracies in found.values()] == [6, 4, 6]
 
 
 def test_the_table_of_widths_is_that_of_its_lines():
