@@ -94,8 +94,8 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
         (["--config.seed=abc"], "--config.seed=abc: invalid literal for int()"),
         (["--config.model.arithmetic=add"], "arithmetic='add' is not known; choose one of 'adder'"),
         (
-            ["--config=configs/cifar10_adder_vit.py:nosuch"],
-            "='nosuch' is not known; choose one of 'adder', 'multiply', 'vit', 'custom', 'taught', 'warm'.",
+            ["--config=configs/cifar10_adder_vit.py"],
+            "--config is given 2 times: configs/digits_adder_vit.py, ",
         ),
         (
             ["--config.model.implementation=gpu"],
@@ -110,6 +110,13 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
 def test_mistakes(tmp_path, arguments, expected):
     assert expected in error(*digits(f"--workdir={tmp_path}", *arguments)[1:])
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_unknown_argument_of_a_configuration():
+    told = error("--config=configs/cifar10_adder_vit.py:nosuch")
+    assert (
+        "'nosuch' is not known; choose one of 'adder', 'multiply', 'vit', 'custom', 'taught', 'warm'." in told
+    )
 
 
 TFDS = ROOT.parent / "shared" / "tfds"
