@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from adderflax.training.config import ConfigError
+from adderflax.training.config import ConfigError, default_config
 
 
 def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[str]) -> list[str]:
@@ -28,8 +28,9 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
       ConfigError: a flag or a field is unknown, a value has the wrong type, or the file cannot be loaded.
     """
     _require_file(holder.name, command)
+    unset, others = _without_value(holder.name, command)
     try:
-        rest = values(command)
+        rest = values(others)
         # A file that cannot be loaded is only reported when something of it is read.
         getattr(holder.value, "model", None)
     except Exception as error:
@@ -43,6 +44,8 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
         raise ConfigError(message) from error
     if not values[holder.name].using_default_value and not isinstance(holder.value, ConfigDict):
         raise ConfigError(_no_configuration(holder.value))
+    for field in unset:
+        _unset(holder.name, holder.value, field)
     return rest
 
 
@@ -51,7 +54,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Args:
       file: its path, with an argument behind a colon where it takes one: ``configs/X.py:multiply``.
-      overrides: ``--config.a.b=value`` for each field to change.
+      overrides: ``--config.a.b=value`` for each field to change; ``None`` unsets one that may be unset.
 
     Raises:
       ConfigError: the file cannot be loaded, a field is unknown or a value has the wrong type.
@@ -93,6 +96,34 @@ def _given(flag: str, command: Sequence[str]) -> Iterator[str]:
         name, given, value = word.partition("=")
         if name in (f"-{flag}", f"--{flag}"):
             yield value if given else following
+
+
+def _without_value(flag: str, command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The fields that a command sets to None, which no type of a flag can spell, and its other words."""
+    unset, others, words = [], [], list(command)
+    while words:
+        word = words.pop(0)
+        name, given, value = word.partition("=")
+        named = re.match(rf"--?(?:no)?{flag}\.(.+)", name)
+        if named and named[1] in unset:
+            unset.remove(named[1])  # what is given last counts
+        if named and (value if given else (words or [""])[0]) == "None":
+            unset.append(named[1])
+            words = words if given else words[1:]
+        else:
+            others.append(word)
+    return unset, others
+
+
+def _unset(flag: str, config: ConfigDict, field: str) -> None:
+    """Sets a field to None if the default configuration leaves it unset too."""
+    *sections, name = field.split(".")
+    default = default_config()
+    for section in sections:
+        config, default = config[section], default.get(section, {})
+    if default.get(name, name) is not None:
+        raise ConfigError(f"--{flag}.{field}=None: this field cannot be unset. Give it a value.")
+    config[name] = None
 
 
 def _inside_the_file(error: BaseException | None, module: str) -> str:

@@ -102,6 +102,35 @@ def test_mistakes_on_the_command_line(root):
         assert refusal(file, override) == f"{override}: {told}"
 
 
+def test_fields_are_unset(root):
+    file = root / "configs" / "cifar10_adder_vit.py"
+    warm = load_config(
+        f"{file}:warm",
+        [
+            "--config.distillation.teacher=None",
+            "--config.model.mlp_kernel_size",
+            "None",
+            "--config.data.train_examples=None",
+            "--config.total_steps=3",
+            "--config.total_steps=None",
+            "--config.optimizer.adder_multiplier=None",
+            "--config.optimizer.adder_multiplier=2",
+            "--config.seed=4",
+        ],
+    )
+    assert warm.distillation.teacher is warm.model.mlp_kernel_size is warm.data.train_examples is None
+    assert warm.total_steps is None
+    assert (warm.optimizer.adder_multiplier, warm.seed) == (2.0, 4)
+    assert warm.warm_start.source == load_config(f"{file}:warm").warm_start.source is not None
+    for field in ("epochs", "data", "data.name", "model.arithmetic"):
+        told = f"--config.{field}=None: this field cannot be unset. Give it a value."
+        assert refusal(file, f"--config.{field}=None") == told
+    assert refusal(file, "--config.sed=None").startswith("The configuration has no field 'sed'.")
+    assert refusal(file, "--config.model.depth.x=None") == (
+        "--config.model.depth.x=None: model.depth is unset and has no field 'x'."
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
