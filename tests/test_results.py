@@ -62,6 +62,21 @@ def test_ranks(similarity, linear):
     )
 
 
+def test_ranks_of_the_weights_that_come_along():
+    told, features = [], []
+    for model, label in (
+        ("adder", "adder model, L1, 89.9 % of the test images"),
+        ("twin", "twin, dot product, 90.7 %"),
+    ):
+        layers = json.loads((RESULTS / "diversity_cifar10" / model / "diversity.json").read_text())["layers"]
+        assert row(label) == [f"{layer['softmax']['effective_rank']:.1f}" for layer in layers]
+        told += [layer["softmax_plus_identity"]["effective_rank"] for layer in layers]
+        features.append(f"{layers[-1]['features']['token_cosine_similarity']:.2f}")
+    page = (RESULTS / "claims.md").read_text()
+    assert f"both keep {min(told):.0f} to {max(told):.0f} of 64" in page
+    assert f"a cosine of {' and '.join(features)}." in page
+
+
 @jax.numpy_dtype_promotion("standard")
 def test_ratios_by_number_format():
     model = configured_model(load_config("configs/imagenet_adder_deit_ti.py", []))
