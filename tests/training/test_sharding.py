@@ -29,8 +29,7 @@ def measure(workdir, names):
     """What eight_devices.py prints."""
     root = Path(__file__).parents[2]
     script = Path(__file__).with_name("eight_devices.py")
-    # LLVM's optimization is half of the time, and changes neither shardings nor collectives.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=8")
     environment = os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": flags}
     command = [sys.executable, str(script), str(workdir), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
