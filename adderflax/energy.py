@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from adderflax.analysis import TABLES
 from adderflax.analysis.configured import (
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{model.image_size}x{model.image_size}x{model.channels}, {model.num_classes} classes"
         )
         if arguments.plot:
+            if not (folder := Path(arguments.plot).resolve().parent).is_dir():
+                raise ValueError(
+                    f"{arguments.plot} cannot be drawn: there is no directory {folder}. Make it."
+                )
             draw(report, arguments.plot, title)
     except (ConfigError, ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

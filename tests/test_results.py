@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
-from adderflax.analysis.energy_report import split_into_parts
-from adderflax.analysis.energy_tables import energy
+from adderflax.analysis.energy_report import compare, split_into_parts
+from adderflax.analysis.energy_tables import TABLES, energy
 from adderflax.analysis.study import load_study
 from adderflax.predict import predict
 from adderflax.training.command_line import load_config
@@ -89,6 +89,36 @@ def test_ratios_by_number_format():
     for cell, table in zip(told.groups(), ("int8", "fp16", "int8_int32")):
         ratio = energy(twins, "paper", table).total / energy(ours, "paper", table).total
         assert f"{ratio:.2f}" == cell, table
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_ratios_of_other_machines():
+    found = {}
+    for name in ("imagenet_adder_deit_ti", "cifar10_adder_vit"):
+        model = configured_model(load_config(f"configs/{name}.py", []))
+        for setting in (
+            ("paper", "exported", "sram_1mb"),
+            ("paper", "traced", "sram_1mb"),
+            ("full", "fp32", "dram"),
+            ("full", "int8_int32", "sram_1mb"),
+        ):
+            report = compare(
+                inference_ledger(model),
+                inference_ledger(multiplying_twin(model)),
+                TABLES[setting[1]],
+                setting[2],
+            )
+            ours, twin = (energy.total for energy in report.total(setting[0]))
+            found[name[:5], *setting[:2]] = f"{twin / ours:.2f}"
+    page = " ".join(CLAIMS.split())
+    exported, small = (found[name, "paper", "exported"] for name in ("image", "cifar"))
+    assert f"{exported} for DeiT-Ti and {small} for CIFAR-10's model" in page
+    assert f"exported in int8 ({exported})" in page
+    assert f"(`--table traced`), has {found['image', 'paper', 'traced']}." in page
+    dram = found["image", "full", "fp32"]
+    assert f"(`--memory dram`: {dram})" in page and f"comes from DRAM ({dram})" in page
+    ours, small = (found[name, "full", "int8_int32"] for name in ("image", "cifar"))
+    assert f"{ours} in `full` with `--table int8_int32`, and {small} for CIFAR-10's model" in page
 
 
 def test_indices_of_random_maps(capsys):

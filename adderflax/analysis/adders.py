@@ -2,7 +2,8 @@
 
 `adderflax.operators` runs every operator inside a call named after it, with the public operands.
 Its cost follows from the definition, -sum |x - w|, whatever is inside: for each term one
-subtraction, one absolute value, and one addition to the sum.
+subtraction and one absolute value in the operands' type, and one addition to the sum in the
+result's.
 
 A backward call computes sum rule(difference) g: for each term one subtraction, two comparisons
 (a clip to -1..1, or a sign), one multiplication by g, and one addition. The slope of a
@@ -14,11 +15,14 @@ import math
 from collections import Counter
 from typing import Any
 
+import jax.numpy as jnp
+
 from adderflax.analysis.loops import opened
 from adderflax.analysis.primitives import ADDER, Cost, size
 
-_TERM = (("add", 2), ("absolute", 1))
-_GRADIENT_TERM = (("add", 2), ("compare", 2), ("multiply", 1))
+# By the type in which it happens; the last addition of the result's is to the sum.
+_TERM = {"operands": (("add", 1), ("absolute", 1)), "result": (("add", 1),)}
+_GRADIENT_TERM = {"operands": (("add", 1), ("compare", 2)), "result": (("multiply", 1), ("add", 1))}
 _GRADIENT = "_gradient"
 
 
@@ -44,8 +48,11 @@ def recognize(eqn: Any) -> Cost | None:
         return None
     elements = size(result) * terms
     unit = _GRADIENT_TERM if gradient else _TERM
-    counts = {(name, str(result.dtype)): number * elements for name, number in unit}
-    return Cost(ADDER, counts, elements)
+    types = {"operands": str(jnp.promote_types(x.dtype, w.dtype)), "result": str(result.dtype)}
+    counts = Counter()
+    for where, operations in unit.items():
+        counts.update({(name, types[where]): number * elements for name, number in operations})
+    return Cost(ADDER, dict(counts), elements, types["result"])
 
 
 def _matmul_terms(x: tuple, y: tuple, result: tuple) -> int | None:

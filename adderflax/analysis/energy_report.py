@@ -96,7 +96,9 @@ class Report:
         """Energies of one image in millijoules and counts of its operations, as plain values.
 
         Counts are in whole operations, of the whole model and of its products and adder operators by layer;
-        they do not depend on the convention.
+        they do not depend on the convention. Layers have the names of `adderflax.analysis.integers`, the
+        paths of their parameters. "not_counted" names what a total lacks: primitives that are not known, and
+        loops of unknown length, which count for one turn.
         """
         model, twin = self.total(convention)
         parts = []
@@ -114,6 +116,8 @@ class Report:
                 )
         return {
             "convention": convention,
+            "table": self.table.name,
+            "memory": self.memory,
             "unit": "mJ",
             "total": model.total,
             "twin_total": twin.total,
@@ -126,7 +130,7 @@ class Report:
 def _counts(ledger: Ledger) -> dict[str, Any]:
     layers = ledger.group(lambda entry: entry.path if entry.kind in (PRODUCT, ADDER) else "")
     terms = {
-        path: {"multiply_accumulates": part.macs, "adder_terms": part.adder_elements}
+        layer_name(path): {"multiply_accumulates": part.macs, "adder_terms": part.adder_elements}
         for path, part in layers.items()
         if path
     }
@@ -137,7 +141,17 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
         "bytes_read": ledger.bytes_read,
         "bytes_written": ledger.bytes_written,
         "layers": terms,
+        "not_counted": [
+            {"primitive": primitive, "path": path, "calls": calls}
+            for primitive, path, calls in (*ledger.unknown, *ledger.open_loops)
+        ],
     }
+
+
+def layer_name(path: str) -> str:
+    """The path of a layer's parameters from its path in a ledger, which names the model and methods too."""
+    _, *modules = path.split("/")
+    return "/".join(module for module in modules if "." not in module) or path
 
 
 def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Report:
@@ -149,6 +163,7 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
         table: the unit energies.
         memory: a level of the table's memory.
     """
+    twin = _beside_adders(model, twin)
     ours, theirs = split_into_parts(model), split_into_parts(twin)
     names = dict.fromkeys((*ours, *theirs))
     # Parts of other architectures follow those of transformers, before the rest.
@@ -161,6 +176,24 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
     empty = Ledger(())
     parts = (Part(n, priced(ours.get(n, empty)), priced(theirs.get(n, empty))) for n in ordered)
     return Report(model, twin, table, memory, tuple(parts))
+
+
+def _beside_adders(model: Ledger, twin: Ledger) -> Ledger:
+    """The twin's ledger, its products marked that stand where the model has adder operators.
+
+    They are the same in number and order within each module.
+    """
+    kinds: dict[str, list[str]] = {}
+    for entry in model.entries:
+        if entry.kind in (PRODUCT, ADDER):
+            kinds.setdefault(entry.path, []).append(entry.kind)
+    remaining = {path: iter(found) for path, found in kinds.items()}
+    marked = []
+    for entry in twin.entries:
+        if entry.kind == PRODUCT and next(remaining.get(entry.path, iter(())), None) == ADDER:
+            entry = dataclasses.replace(entry, beside_adder=True)
+        marked.append(entry)
+    return dataclasses.replace(twin, entries=tuple(marked))
 
 
 def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:
@@ -201,7 +234,7 @@ def as_text(report: Report, convention: str) -> str:
     model, twin = report.total(convention)
     lines += [
         "",
-        f"{convention}: {model.total:.2f} mJ an image, multiplying twin {twin.total:.2f} mJ, "
+        f"{convention}: {model.total:.4g} mJ an image, multiplying twin {twin.total:.4g} mJ, "
         f"ratio {_ratio(model.total, twin.total):.2f}",
     ]
     return "\n".join(lines)

@@ -84,9 +84,11 @@ class EnergyTable:
         formats: number formats by dtype.
         products: format of all floating-point numbers in matrix products, convolutions and
             adder operators; None prices each as it was traced.
-        sums: format in which those accumulate; None means the same one.
+        sums: format in which those accumulate, and write their results; None means the same one.
         elsewhere: format of all other floating-point arithmetic, likewise.
         memory: picojoules of moving a byte, by level of memory.
+        adders: formats of the numbers and of the sums of adder operators, and of products that stand in
+            their place in a twin (`Entry.beside_adder`); None means those of all products.
     """
 
     name: str
@@ -96,6 +98,7 @@ class EnergyTable:
     sums: str | None
     elsewhere: str | None
     memory: Mapping[str, float]
+    adders: tuple[str, str] | None = None
 
     def number_format(self, dtype: str, kind: str, *, sums: bool = False) -> NumberFormat:
         """The format in which numbers of a dtype are priced.
@@ -109,10 +112,12 @@ class EnergyTable:
             ValueError: the table has no figures for it.
         """
         if "float" in dtype:
-            in_product = kind in (PRODUCT, ADDER)
-            assumed = self.products if in_product else self.elsewhere
-            if sums and self.sums is not None:
+            if kind == ADDER and self.adders is not None:
+                assumed = self.adders[sums]
+            elif sums and self.sums is not None:
                 assumed = self.sums
+            else:
+                assumed = self.products if kind in (PRODUCT, ADDER) else self.elsewhere
             name = assumed or dtype
         else:
             name = "int8" if dtype.removeprefix("u") in ("int8", "int4", "int2") else "int32"
@@ -125,7 +130,7 @@ class EnergyTable:
         return self.formats[name]
 
 
-def _horowitz(name: str, products: str | None, elsewhere: str | None, note: str, sums=None):
+def _horowitz(name: str, products: str | None, elsewhere: str | None, note: str, sums=None, adders=None):
     return EnergyTable(
         name=name,
         source=f"Horowitz, ISSCC 2014, 45 nm; {note}",
@@ -138,6 +143,7 @@ def _horowitz(name: str, products: str | None, elsewhere: str | None, note: str,
         },
         products=products,
         sums=sums,
+        adders=adders,
         elsewhere=elsewhere,
         memory={
             "none": 0.0,
@@ -169,10 +175,19 @@ TABLES: Mapping[str, EnergyTable] = {
             sums="int32",
         ),
         _horowitz(
+            "exported",
+            "float32",
+            "float32",
+            "what python -m adderflax.export writes: adder operators, and the products in their place in "
+            "the twin, in int8 with sums in int32, all else in fp32; rounding to int8 is not counted",
+            adders=("int8", "int32"),
+        ),
+        _horowitz(
             "traced",
             None,
             None,
-            "each number in the format in which the program has it, bfloat16 as fp16",
+            "each number in the format in which the program has it, bfloat16 as fp16; products and adder "
+            "operators sum in fp32",
         ),
     )
 }
@@ -255,13 +270,14 @@ def energy(
 
 def _product_energy(entry: Entry, table: EnergyTable, full: bool) -> float:
     """Picojoules of a product or adder operator."""
-    total = 0.0
+    total, kind = 0.0, _priced_as(entry)
     for (operation, dtype), count in entry.operations.items():
-        number = table.number_format(dtype, entry.kind)
+        number = table.number_format(dtype, kind)
         if operation == "add":
             # One addition of each element goes into the sum.
-            sums = table.number_format(dtype, entry.kind, sums=True)
-            total += entry.elements * sums.add + (count - entry.elements) * number.add
+            added = entry.elements if dtype == entry.sums else 0
+            sums = table.number_format(dtype, kind, sums=True)
+            total += added * sums.add + (count - added) * number.add
         elif operation == "multiply" or full:
             total += count * _unit(operation, number, table)
     return total
@@ -289,14 +305,19 @@ def _bytes(entry: Entry, table: EnergyTable) -> int:
         if all("float" in dtype for dtype in (*entry.read, *entry.written)):
             return 0
     total = 0
-    for elements in (entry.read, entry.written):
+    for elements, written in ((entry.read, False), (entry.written, True)):
         for dtype, count in elements.items():
             if "float" in dtype:
-                kind = ELEMENTWISE if entry.kind == MOVEMENT else entry.kind
-                total += count * table.number_format(dtype, kind).bytes
+                kind = ELEMENTWISE if entry.kind == MOVEMENT else _priced_as(entry)
+                sums = written and kind in (PRODUCT, ADDER)
+                total += count * table.number_format(dtype, kind, sums=sums).bytes
             else:
                 total += count * item_size(dtype)
     return total
+
+
+def _priced_as(entry: Entry) -> str:
+    return ADDER if entry.beside_adder else entry.kind
 
 
 def _choices(names) -> str:

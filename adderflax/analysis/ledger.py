@@ -15,8 +15,9 @@ traced, without the parts of it whose results nobody uses:
 * `shard_map` counts the work of all its devices;
 * adder operators count by their definition, two additions (x - w, and the sum) and one absolute
   value for each |x - w|, whichever implementation would run: see `adders.py`;
-* what is computed from constant arguments alone, such as a sum over trained templates, is computed once
-  and stored, not for every image, and does not count (`constant_argnums`);
+* what is computed from constant arguments alone, such as a sum over trained templates, or from no argument,
+  such as an identity matrix, is computed once and stored, not for every image, and does not count
+  (`constant_argnums`);
 * a primitive that `primitives.py` does not know is listed in `Ledger.unknown`, never taken for
   free.
 
@@ -69,6 +70,8 @@ class Entry:
         operations: (operation, dtype) -> count.
         read: elements read, by dtype.
         written: elements written, by dtype.
+        sums: dtype in which a product or an adder adds up, otherwise "".
+        beside_adder: whether it is a product of a twin that stands where the model adds.
     """
 
     path: str
@@ -79,6 +82,8 @@ class Entry:
     operations: Mapping[tuple[str, str], int]
     read: Mapping[str, int]
     written: Mapping[str, int]
+    sums: str = ""
+    beside_adder: bool = False
 
 
 class Unknown(NamedTuple):
@@ -232,7 +237,7 @@ class _Walk:
             inner = frame._replace(path=path, known=(), live=None, constant=())
             name = eqn.primitive.name
             operands = [variable for variable in eqn.invars if not is_literal(variable)]
-            never_changes = bool(operands) and not eqn.effects and constant.issuperset(operands)
+            never_changes = not eqn.effects and constant.issuperset(operands)
             if never_changes:
                 constant.update(eqn.outvars)
             if name in VIEWS:
@@ -277,6 +282,7 @@ class _Walk:
                 operations={key: count * calls for key, count in cost.operations.items()},
                 read={dtype: count * calls for dtype, count in read.items()},
                 written={dtype: count * calls for dtype, count in written.items()},
+                sums=cost.sums,
             )
         )
 
@@ -326,7 +332,7 @@ def _live_equations(jaxpr: Any, live: tuple[bool, ...] | None) -> list[tuple[Any
 
 
 def _constant(operands: Iterable[Any], constant: set) -> tuple[bool, ...]:
-    return tuple(not is_literal(variable) and variable in constant for variable in operands)
+    return tuple(is_literal(variable) or variable in constant for variable in operands)
 
 
 def _body(eqn: Any) -> Any:

@@ -16,6 +16,7 @@ position and output channel of the input's group: the inserted zeros are not mul
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 PRODUCT, ADDER, ELEMENTWISE, MOVEMENT = "product", "adder", "elementwise", "movement"
@@ -29,11 +30,13 @@ class Cost(NamedTuple):
             (all other arithmetic) or MOVEMENT (none).
         operations: (operation, dtype) -> count.
         elements: multiply-accumulates of a PRODUCT, |x - w| terms of an ADDER, otherwise 0.
+        sums: dtype in which those are added up, "" where there are none.
     """
 
     kind: str
     operations: dict[tuple[str, str], int]
     elements: int = 0
+    sums: str = ""
 
 
 # Operations for each element of the result.
@@ -191,9 +194,14 @@ def traffic(eqn: Any, stored: dict[Any, int]) -> tuple[dict[str, int], dict[str,
 
 
 def _multiply_accumulate(elements: int, factor_dtype: Any, sum_dtype: Any) -> Cost:
-    """Multiply-accumulates: products in the operands' type, sums in the result's."""
+    """Multiply-accumulates: products in the operands' type, sums in the result's, but float32 at least.
+
+    Matrix units add up half-precision products in float32, and round the result afterwards.
+    """
+    if jnp.issubdtype(sum_dtype, jnp.floating):
+        sum_dtype = jnp.promote_types(sum_dtype, jnp.float32)
     operations = {("multiply", str(factor_dtype)): elements, ("add", str(sum_dtype)): elements}
-    return Cost(PRODUCT, operations, elements)
+    return Cost(PRODUCT, operations, elements, str(sum_dtype))
 
 
 def size(aval: Any) -> int:

@@ -79,6 +79,11 @@ def _require_file(flag: str, command: Sequence[str]) -> None:
     if given and (not given[0] or given[0].startswith("-")):
         raise ConfigError(f"--{flag} needs a file, as in --{flag} configs/digits_adder_vit.py.")
     for file in map(Path, given):
+        if file.is_file() and file.suffix == ".json":
+            raise ConfigError(
+                f"{file} is no configuration file, which is Python with a get_config(). It may be what a run"
+                " has written down: name the file of configs/ that the run was started with, and its fields."
+            )
         if file.is_file():
             continue
         if file.is_dir():

@@ -58,7 +58,8 @@ def test_published_totals(size, capsys):
     config = ["--config", ROOT / f"configs/imagenet_adder_deit_{size}.py", "--json"]
     for arguments, total in (([], default), (["--config.model.similarity=dot"], linear)):
         found = json.loads(run(capsys, *config, *arguments, "--convention", "paper"))
-        assert list(found) == ["convention", "unit", "total", "twin_total", "ratio", "parts", "counts"]
+        setting = ["convention", "table", "memory", "unit"]
+        assert list(found) == [*setting, "total", "twin_total", "ratio", "parts", "counts"]
         assert (found["convention"], found["unit"]) == ("paper", "mJ")
         assert found["total"] == pytest.approx(total, rel=0.01)
         assert found["twin_total"] == pytest.approx(twin, rel=0.01)
@@ -143,7 +144,7 @@ def test_parts_add_up_to_the_total():
             < found["counts"]["twin"]["multiply_accumulates"]
         )
         tokens, width = 17, 64
-        fc1 = "VisionTransformer/block_0/mlp/fc1"
+        fc1 = "block_0/mlp/fc1"
         assert layers[fc1] == {"multiply_accumulates": 0, "adder_terms": tokens * width * 4 * width}
         for key in ("total", "twin_total"):
             assert sum(p[key] for p in found["parts"]) == pytest.approx(found[key], rel=1e-9)
@@ -165,6 +166,7 @@ def test_the_count_does_not_depend_on_the_implementation():
         ("fp16", 1.5, 0.8, 0.8),
         ("int8", 0.23, 0.06, 0.09),
         ("int8_int32", 0.3, 0.13, 0.16),
+        ("exported", 4.6, 0.13, 0.16),
         ("traced", 4.6, 1.8, 1.8),
     ],
 )
@@ -176,6 +178,26 @@ def test_unit_energies(table, mac, term, full_term):
     assert energy(adder, "paper", table).total == pytest.approx(term * nanojoule)
     full = energy(adder, "full", table, memory="none")
     assert full.total == pytest.approx(full_term * nanojoule)
+
+
+def test_half_precision_sums_in_fp32_in_adders_and_products_alike():
+    half = [array(10, 10, dtype=jnp.bfloat16)] * 2
+    product, adder = (count_operations(function, *half) for function in (jnp.dot, adder_matmul))
+    assert energy(product, "paper", "traced").total == pytest.approx((1.1 + 0.9) * 1e-6)
+    assert energy(adder, "paper", "traced").total == pytest.approx((0.4 + 0.9) * 1e-6)
+
+
+def test_the_table_of_what_is_exported():
+    fields = {"pooling": "mean", "mlp_kernel_size": 3, "mlp_convolution": "multiply"}
+    model = digits_model(**fields)
+    report = compare(
+        inference_ledger(model), inference_ledger(multiplying_twin(model)), TABLES["exported"], "none"
+    )
+    ours, twin = (energy.total for energy in report.total("paper"))
+    terms, products = report.model.adder_elements, report.model.macs
+    assert report.twin.macs == terms + products  # what adds in the model multiplies in the twin
+    assert ours == pytest.approx((0.13 * terms + 4.6 * products) * 1e-9)
+    assert twin == pytest.approx((0.3 * terms + 4.6 * products) * 1e-9)
 
 
 def test_full_prices_everything_else_and_memory():
@@ -191,10 +213,19 @@ def test_full_prices_everything_else_and_memory():
 
 def test_products_move_fewer_bytes_in_int8():
     ledger = count_operations(jnp.dot, array(10, 20), array(20, 30))
-    numbers = 10 * 20 + 20 * 30 + 10 * 30
-    for table, width in (("fp32", 4), ("fp16", 2), ("int8", 1)):
+    for table, width, sums in (
+        ("fp32", 4, 4),
+        ("fp16", 2, 2),
+        ("int8", 1, 1),
+        ("int8_int32", 1, 4),
+        ("exported", 4, 4),
+    ):
+        moved = (10 * 20 + 20 * 30) * width + 10 * 30 * sums
         memory = energy(ledger, "full", table, memory="sram_8kb").memory
-        assert memory == pytest.approx(numbers * width * 1.25e-9)
+        assert memory == pytest.approx(moved * 1.25e-9)
+    adder = count_operations(adder_matmul, array(10, 20), array(20, 30))
+    memory = energy(adder, "full", "exported", memory="sram_8kb").memory
+    assert memory == pytest.approx((10 * 20 + 20 * 30 + 4 * 10 * 30) * 1.25e-9)
 
 
 def test_one_format_for_all_makes_the_traced_one_irrelevant():
@@ -299,7 +330,14 @@ def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
         ([*DIGITS, "--table=fp64"], "invalid choice: 'fp64'"),
         ([*DIGITS, "--convention=mac"], "invalid choice: 'mac'"),
         ([*DIGITS, "extra"], "unknown argument extra"),
-        ([*DIGITS, "--plot=/no/such/folder/energy.png"], "/no/such/folder/energy.png"),
+        (
+            [*DIGITS, "--plot=/no/such/folder/x.png"],
+            "x.png cannot be drawn: there is no directory /no/such/folder",
+        ),
+        (
+            ["--config", str(ROOT / "weights/cifar10_twin/config.json")],
+            "config.json is no configuration file",
+        ),
         (["--config", "configs/no_such.py"], "no_such.py"),
         ([], "--config"),
     ],

@@ -275,6 +275,11 @@ def test_movement_costs_bytes_and_no_arithmetic():
     assert ledger.bytes_read == ledger.bytes_written == 4 * (3 * 16 + 32 + 2 * 13)
 
 
+def test_what_follows_from_no_argument_does_not_count():
+    ledger = count_operations(lambda x: x + jnp.eye(4) * jnp.arange(4.0)[:, None].repeat(4, 1), array(4, 4))
+    assert ledger.operations == {"add": 16} and not ledger.unknown
+
+
 def test_bytes_of_a_product_and_of_a_broadcast():
     def function(x, w, b):
         product = jnp.matmul(x, w, preferred_element_type=jnp.float32)
