@@ -19,6 +19,7 @@ from adderflax.layers import (
     is_count,
     layer_norm,
     require_choice,
+    require_count,
     require_normalization,
 )
 from adderflax.operators import adder_attention, available_implementations
@@ -55,11 +56,11 @@ class EncoderConfig:
         "none" leaves it out.
       power_activation: whether `signed_power` with an exponent of its own follows the normalization of
         every adder linear layer, an adder classifier excepted. Multiplying layers never have it.
-      centered: whether every adder linear layer and convolution, of embedding and adder classifier too, adds
-        the distance of each template from the origin, ``sum_i |w_io|``, to its sums. Zero inputs then give
-        zeros, and with grad_kernel="full" templates get the dense layer's gradient, ``x^T g``. It is one
-        constant an output, which hardware stores beside the templates. Our choice, for what
-        results/gap_cifar10.md shows.
+      centered: whether every adder linear layer and convolution, of embedding and adder classifier too,
+        adds the distance of each template from the origin, ``sum_i |w_io|``, to its sums. Zero inputs then
+        give zeros, but for the rounding of two float32 sums, and with grad_kernel="full" templates get the
+        dense layer's gradient, ``x^T g``. It is one constant an output, which hardware stores beside the
+        templates. Our choice, for what results/gap_cifar10.md shows.
       use_bias: whether multiplying layers of the block have a bias. Adder layers have none.
       grad_inputs: gradient rule of adder layers towards their input (see `adderflax.adder_matmul`).
       grad_kernel: gradient rule of adder layers towards their templates.
@@ -108,13 +109,17 @@ class EncoderConfig:
         require_normalization(self.normalization, self.power_activation)
         require_choice("mlp_convolution", self.mlp_convolution, (None, *ARITHMETICS))
         require_choice("dtype", self.dtype, DTYPES)
-        if self.embed_dim < 1 or self.num_heads < 1 or self.embed_dim % self.num_heads:
+        for name in ("embed_dim", "num_heads"):
+            require_count(name, getattr(self, name))
+        if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}: every head"
                 " takes embed_dim / num_heads features. Choose a multiple of num_heads."
             )
-        if self.mlp_dim is not None and self.mlp_dim < 1:
-            raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or None for 4 * embed_dim.")
+        if self.mlp_dim is not None and not is_count(self.mlp_dim):
+            raise ValueError(
+                f"mlp_dim={self.mlp_dim!r} must be a whole number, at least 1, or None for 4 * embed_dim."
+            )
         size = self.mlp_kernel_size
         if size is not None and not (is_count(size) and size % 2):
             raise ValueError(
@@ -128,8 +133,12 @@ class EncoderConfig:
             )
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
+        if not 0.0 < self.layer_norm_epsilon < math.inf:
+            raise ValueError(f"layer_norm_epsilon={self.layer_norm_epsilon} must be greater than 0.")
         for name in ("grad_inputs", "grad_kernel", "grad_query", "grad_key"):
             canonical_rule(getattr(self, name), name)
+            if isinstance(getattr(self, name), list):  # of a file; a description is hashable
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         require_choice("implementation", self.implementation, (None, *available_implementations()))
 
     @property
@@ -222,6 +231,13 @@ def convolution(
     )
 
 
+def _require_tokens(config: EncoderConfig, x: Array, module: str, layout: str = "[B, T, embed_dim]") -> None:
+    if x.shape[-1:] != (config.embed_dim,) or (layout.startswith("[B") and x.ndim != 3):
+        raise ValueError(
+            f"{module} takes tokens {layout} with embed_dim={config.embed_dim}, but got shape {x.shape}."
+        )
+
+
 class AdderSelfAttention(nn.Module):
     """Multi-head self-attention in the arithmetic of `config`, [B, T, embed_dim] -> [B, T, embed_dim].
 
@@ -241,8 +257,12 @@ class AdderSelfAttention(nn.Module):
           mask: boolean, True where a query may see a key, broadcastable to [B, num_heads, T, T].
           p: exponent of the distance in the adder projections. Similarity and aggregation have no templates
             to anneal and stay as configured: an L1 similarity is L1 at every p.
+
+        Raises:
+          ValueError: the tokens are not [B, T, embed_dim].
         """
         config = self.config
+        _require_tokens(config, x_BxTxD, "AdderSelfAttention")
         B, T, _ = x_BxTxD.shape
         heads = (B, T, config.num_heads, config.embed_dim // config.num_heads)
         query, key, value = (
@@ -284,9 +304,11 @@ class AdderMlp(nn.Module):
         """Applies the MLP to [..., embed_dim], with p as in `AdderDense`; returns the same shape.
 
         Raises:
-          ValueError: `mlp_kernel_size` is set and the input is not [B, side * side, embed_dim].
+          ValueError: the last axis is not embed_dim, or `mlp_kernel_size` is set and the input is not
+            [B, side * side, embed_dim].
         """
         config = self.config
+        _require_tokens(config, x_BxTxD, "AdderMlp", "[..., embed_dim]")
         hidden = 4 * config.embed_dim if config.mlp_dim is None else config.mlp_dim
         x = dense(config, config.linear, hidden, "fc1")(x_BxTxD, p)
         if config.mlp_kernel_size is not None:
@@ -315,9 +337,22 @@ class EncoderBlock(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, train: bool = False, p: Exponent = 1.0) -> Array:
-        """Applies the block; `train` draws stochastic depth from rng "drop_path"; p as in `AdderDense`."""
+    def __call__(
+        self, x_BxTxD: Array, train: bool = False, p: Exponent = 1.0, mask: Array | None = None
+    ) -> Array:
+        """Applies the block.
+
+        Args:
+          x_BxTxD: tokens.
+          train: whether stochastic depth is drawn, from rng "drop_path".
+          p: exponent of the distance, as in `AdderDense`.
+          mask: of the attention, as in `AdderSelfAttention`.
+
+        Raises:
+          ValueError: the tokens are not [B, T, embed_dim].
+        """
         config = self.config
+        _require_tokens(config, x_BxTxD, "EncoderBlock")
 
         def drop_path(branch: Array) -> Array:
             return nn.Dropout(config.drop_path_rate, broadcast_dims=(1, 2), rng_collection="drop_path")(
@@ -329,5 +364,5 @@ class EncoderBlock(nn.Module):
 
         x = x_BxTxD
         attention, mlp = AdderSelfAttention(config, name="attention"), AdderMlp(config, name="mlp")
-        x = x + drop_path(attention(pre_norm("attention_norm")(x), p=p))
+        x = x + drop_path(attention(pre_norm("attention_norm")(x), mask, p))
         return x + drop_path(mlp(pre_norm("mlp_norm")(x), p))

@@ -38,6 +38,12 @@ def is_count(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
 
 
+def require_count(name: str, value: Any) -> None:
+    """Raises a ValueError that names the field, unless `value` is a whole number, 1 or more."""
+    if not is_count(value):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+
+
 def require_pair(name: str, value: Any) -> None:
     """Raises a ValueError that names the field, unless `value` is two whole numbers, each 1 or more."""
     if not hasattr(value, "__len__") or len(value) != 2 or not all(map(is_count, value)):
@@ -75,7 +81,8 @@ class AdderDense(nn.Module):
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
       power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.
-      centered: whether each output is shifted by ``sum_i |w_io|``, so that zero inputs give zero sums.
+      centered: whether each output is shifted by ``sum_i |w_io|``, so that zero inputs give zero, but for
+        the rounding of two float32 sums.
     """
 
     features: int
@@ -96,6 +103,8 @@ class AdderDense(nn.Module):
 
         With `p` the sums are of ``|x - w|^p``, for training that anneals p from 2 to 1 (Chen et al.,
         Universal Adder Neural Networks, 2021). Their scale grows with p; the normalization takes it out.
+        A transformed layer, as of `nn.remat` or `nn.jit`, traces a p that it is given, also 1.0, and then
+        runs the slower form for any p: leave p out there, or name it in ``static_argnums``.
         """
         _require_layer(self)
         canonical_rule(self.grad_kernel, "grad_kernel")  # the operator calls it grad_y
@@ -133,7 +142,8 @@ class AdderConv(nn.Module):
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
       power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.
-      centered: whether each output is shifted by ``sum_i |w_io|``, so that zero inputs give zero sums.
+      centered: whether each output is shifted by ``sum_i |w_io|``, so that zero inputs give zero, but for
+        the rounding of two float32 sums.
     """
 
     features: int
@@ -159,6 +169,7 @@ class AdderConv(nn.Module):
         _require_layer(self)
         for name in ("kernel_size", "strides", "dilation"):
             require_pair(name, getattr(self, name))
+        require_count("feature_group_count", self.feature_group_count)
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
@@ -223,11 +234,12 @@ class MultiplyDense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
-        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
+        shape = (inputs.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         outputs = jnp.matmul(inputs, kernel)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             outputs = outputs + jnp.broadcast_to(bias.astype(outputs.dtype), outputs.shape)
         if self.normalization == "none":
             return outputs
@@ -253,7 +265,7 @@ class MultiplyConv(nn.Module):
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
         groups = self.feature_group_count
         shape = (*self.kernel_size, inputs.shape[-1] // groups, self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         geometry = {"strides": self.strides, "padding": self.padding}
         if inputs.shape[-1] == groups > 1:

@@ -335,6 +335,43 @@ def test_attention_mask_hides_keys():
     assert not np.allclose(out[:, 3:], later[:, 3:])
 
 
+def test_block_passes_the_mask_on():
+    block, mask = EncoderBlock(SMALL), jnp.tril(jnp.ones((5, 5), bool))
+    variables = random_params(block, tokens())
+    changed = tokens().at[:, -1].set(0.5)
+    for apply, last_is_seen in (
+        (block.apply, True),
+        (lambda variables, x: block.apply(variables, x, mask=mask), False),
+    ):
+        before, after = (apply(variables, x)[:, :-1] for x in (tokens(), changed))
+        assert np.allclose(before, after, atol=1e-6) != last_is_seen
+
+
+@pytest.mark.parametrize("module", [EncoderBlock, AdderSelfAttention, AdderMlp])
+@pytest.mark.parametrize("shape", [(2, 5, 12), (2, 1), (1,)])
+def test_tokens_of_another_width_are_refused(module, shape):
+    message = rf"{module.__name__} takes tokens \[.*embed_dim\] with embed_dim=8, but got shape \({shape[0]},"
+    with pytest.raises(ValueError, match=message):
+        module(SMALL).init(jax.random.key(0), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 2, 5, 8)])
+def test_a_block_takes_batches_of_tokens(shape):
+    with pytest.raises(ValueError, match=r"EncoderBlock takes tokens \[B, T, embed_dim\]"):
+        EncoderBlock(SMALL).init(jax.random.key(0), jnp.ones(shape))
+
+
+def test_groups_are_counted():
+    for groups in (0, 2.0):
+        with pytest.raises(ValueError, match=f"feature_group_count={groups} must be a whole number"):
+            AdderConv(4, (3, 3), feature_group_count=groups).init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+
+
+def test_a_description_with_a_rule_of_a_file_is_hashable():
+    config = EncoderConfig(grad_inputs=["hardtanh", 4.0])
+    assert hash(config) == hash(EncoderConfig(grad_inputs=("hardtanh", 4.0)))
+
+
 def test_mlp_formula():
     x = np.asarray(tokens(), np.float64)
     module = AdderMlp(SMALL)
@@ -462,7 +499,10 @@ def test_stochastic_depth_drops_whole_branches_and_rescales():
         ({"power_activation": True, "normalization": "none"}, "power_activation=True.*'layer'"),
         ({"similarity": "l2"}, "similarity='l2' is not known; choose one of 'l1', 'dot'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
-        ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
+        ({"mlp_dim": 0}, "mlp_dim=0 must be a whole number, at least 1, or None"),
+        ({"embed_dim": 8.0}, "embed_dim=8.0 must be a whole number, at least 1"),
+        ({"num_heads": True}, "num_heads=True must be a whole number"),
+        ({"layer_norm_epsilon": -1e-6}, "layer_norm_epsilon=-1e-06 must be greater than 0"),
         ({"mlp_kernel_size": 2}, "mlp_kernel_size=2 must be an odd whole number"),
         ({"mlp_kernel_size": True}, "mlp_kernel_size=True must be an odd whole number"),
         ({"mlp_kernel_size": 3.0}, "mlp_kernel_size=3.0 must be an odd whole number, as 3 or 5, or None"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from adderflax.encoder import EncoderBlock, EncoderConfig, convolution, dense
-from adderflax.layers import ARITHMETICS, Exponent, layer_norm, require_choice
+from adderflax.layers import ARITHMETICS, Exponent, layer_norm, require_choice, require_count
 
 STEMS = ("patch", "conv")
 POOLINGS = ("token", "mean")
@@ -109,10 +109,9 @@ class VisionTransformerConfig(EncoderConfig):
             require_choice(name, getattr(self, name), ARITHMETICS)
         require_choice("stem", self.stem, STEMS)
         require_choice("pooling", self.pooling, POOLINGS)
-        for name in ("channels", "num_classes", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+        for name in ("channels", "num_classes", "depth", "image_size", "patch_size"):
+            require_count(name, getattr(self, name))
+        if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: the image"
                 " is cut into whole square patches. Choose another image size, or another variant:"
@@ -204,10 +203,11 @@ class VisionTransformer(nn.Module):
         x = self._embedded(images_BxHxWxC.astype(config.compute_dtype), p)
         D = x.shape[2]
         if config.pooling == "token":
-            token = self.param("class_token", nn.initializers.zeros_init(), (1, 1, D))
+            token = self.param("class_token", nn.initializers.zeros_init(), (1, 1, D), jnp.float32)
             # Added to zeros rather than broadcast: so it lies on the devices as the images do.
             x = jnp.concatenate([token.astype(x.dtype) + jnp.zeros_like(x[:, :1]), x], axis=1)
-        position = self.param("position_embedding", nn.initializers.normal(0.02), (1, x.shape[1], D))
+        shape = (1, x.shape[1], D)
+        position = self.param("position_embedding", nn.initializers.normal(0.02), shape, jnp.float32)
         x = x + jnp.broadcast_to(position.astype(x.dtype), x.shape)
 
         # Where remat does not take p as static it traces it, and a traced p has no kernels.

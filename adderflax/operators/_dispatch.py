@@ -93,14 +93,24 @@ IMPLEMENTATIONS = {
 # run on a TPU: interpret mode checked its numbers, the TPU's compiler its programs and their schedules.
 _PREFERRED = {"tpu": "tpu", "cuda": "gpu"}
 _FALLBACK = "xla"
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def available_implementations(platform: str | None = None) -> tuple[str, ...]:
     """Names that the keyword `implementation` takes, besides None.
 
     Args:
-        platform: "cpu", "cuda", "rocm" or "tpu" for the names that can be compiled for it alone.
+        platform: "cpu", "cuda", "rocm" or "tpu" for the names that can be compiled for it alone; "gpu", as
+            `jax.default_backend()` has it, is taken as "cuda".
+
+    Raises:
+        ValueError: another platform.
     """
+    if platform not in (None, "gpu", *_PLATFORMS):
+        raise ValueError(
+            f"platform: unknown name {platform!r}; allowed are {', '.join(map(repr, _PLATFORMS))}."
+        )
+    platform = "cuda" if platform == "gpu" else platform
     return tuple(
         name
         for name, implementation in IMPLEMENTATIONS.items()
@@ -138,6 +148,12 @@ def logging_enabled() -> bool:
     return os.environ.get(LOG_VARIABLE, "") not in ("", "0")
 
 
+def announce(log: bool, message: str) -> None:
+    """Has the program that is being traced log a message each time it runs."""
+    if log:
+        jax.debug.callback(lambda: _logger.warning(message))
+
+
 def dispatch(method: str, operands, static, implementation: str | None, log: bool) -> jax.Array:
     """Runs a method of the named implementation, or of the best one for each platform.
 
@@ -154,14 +170,13 @@ def dispatch(method: str, operands, static, implementation: str | None, log: boo
         message = f"adder_matmul {method} of {[a.shape for a in operands]} runs {name!r}"
 
         def logged(*operands):
-            if log:
-                jax.debug.callback(lambda: _logger.warning(message))
+            announce(log, message)
             return run(*operands, *static)
 
         return logged
 
     if implementation is not None:
-        return runner(implementation)(*operands)
+        return _differentiable(runner(implementation), runner(_FALLBACK))(*operands)
     special = {
         platform: runner(name)
         for platform, name in _PREFERRED.items()
@@ -169,7 +184,8 @@ def dispatch(method: str, operands, static, implementation: str | None, log: boo
     }
     if not special:
         return runner(_FALLBACK)(*operands)
-    return lax.platform_dependent(*operands, **special, default=runner(_FALLBACK))
+    chosen = functools.partial(lax.platform_dependent, **special, default=runner(_FALLBACK))
+    return _differentiable(chosen, runner(_FALLBACK))(*operands)
 
 
 def dispatch_attention(method: str, operands, plan, composed: Callable):
@@ -191,8 +207,7 @@ def dispatch_attention(method: str, operands, plan, composed: Callable):
         message = f"adder_attention {method} of {arrays[0].shape} runs {name!r}, fused"
 
         def run(*operands):
-            if plan.log:
-                jax.debug.callback(lambda: _logger.warning(message))
+            announce(plan.log, message)
             static = rules if method == "backward" else ()
             return getattr(fused, method)(*operands[:5], scale, *operands[5:], *static)
 
@@ -202,7 +217,8 @@ def dispatch_attention(method: str, operands, plan, composed: Callable):
         return composed(*operands[:5], scale, *operands[5:])
 
     if plan.implementation is not None:
-        return (runner(plan.implementation) or fallback)(*arrays, *rest)
+        chosen = runner(plan.implementation)
+        return (_differentiable(chosen, fallback) if chosen else fallback)(*arrays, *rest)
     special = {platform: runner(name) for platform, name in _PREFERRED.items() if runner(name)}
     if not special:
         return fallback(*arrays, *rest)
@@ -212,7 +228,23 @@ def dispatch_attention(method: str, operands, plan, composed: Callable):
         return lambda *operands: jax.tree.map(lambda array: array.astype(jnp.float32), run(*operands))
 
     branches = {platform: in_float32(run) for platform, run in special.items()}
-    return lax.platform_dependent(*arrays, *rest, **branches, default=in_float32(fallback))
+    chosen = functools.partial(lax.platform_dependent, **branches, default=in_float32(fallback))
+    return _differentiable(chosen, in_float32(fallback))(*arrays, *rest)
+
+
+def _differentiable(run: Callable, composed: Callable) -> Callable:
+    """`run` with the derivatives of `composed`, which computes the same by XLA's operations.
+
+    A kernel has none of its own, and a derivative of a gradient, as in a Hessian, passes every platform's
+    branch, those that will not run included.
+    """
+    wrapped = jax.custom_jvp(run)
+
+    @wrapped.defjvp
+    def _(operands, tangents):
+        return jax.jvp(composed, operands, tangents)
+
+    return wrapped
 
 
 def _method(implementation: Implementation, method: str) -> Callable:

@@ -41,7 +41,8 @@ def take(
         )
     if not isinstance(p, numbers.Real) or isinstance(p, bool) or p != 1:
         raise TypeError(
-            f"{function}: {described}; p other than 1 gives no whole numbers. Pass p=1, or floating operands."
+            f"{function}: {described}; p other than 1 gives no whole numbers. Pass the Python number p=1, or"
+            " floating operands."
         )
     limits = [jnp.iinfo(array.dtype) for array in operands.values()]
     furthest = int(max(limit.max for limit in limits)) - int(min(limit.min for limit in limits))

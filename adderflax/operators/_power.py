@@ -21,7 +21,7 @@ def canonical_power(p: float | jax.Array, implementation: str | None) -> tuple[j
     A Python number other than 1 becomes an array too, so that one program serves all of them.
 
     Args:
-        p: a Python number from 1 to 2, or a scalar array, which is clipped to that range.
+        p: a Python number from 1 to 2, or a scalar array of any real type, which is clipped to that range.
         implementation: the implementation asked for.
 
     Raises:
@@ -34,8 +34,8 @@ def canonical_power(p: float | jax.Array, implementation: str | None) -> tuple[j
             raise ValueError(f"p={p!r} must lie from 1, the L1 distance, to 2, the squared distance.")
         if p == 1.0:
             return ()
-    elif not jnp.issubdtype(getattr(p, "dtype", bool), jnp.floating):
-        raise TypeError(f"p must be a Python number or a floating scalar array, got {p!r}.")
+    elif not any(jnp.issubdtype(getattr(p, "dtype", bool), kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"p must be a Python number or a scalar array of numbers, got {p!r}.")
     if jnp.shape(p) != ():
         raise ValueError(f"p has shape {jnp.shape(p)}; it needs the shape (), one exponent for all.")
     if implementation not in (None, IMPLEMENTATION):

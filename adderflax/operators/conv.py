@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _depthwise, _integer, _power
-from adderflax.operators._dispatch import check_accepts, check_implementation, logging_enabled
+from adderflax.operators._dispatch import announce, check_accepts, check_implementation, logging_enabled
 from adderflax.operators._windows import Blocks, Window
 from adderflax.operators._xla import zeros
 from adderflax.operators.matmul import NUMBERS, Calls, calls, check_array, match_varying, named_call
@@ -212,7 +212,7 @@ def _forward(x, kernel, *p, plan):
     shape = (x.shape[0], *plan.window.output_size(x.shape, kernel.shape), kernel.shape[3])
     if _no_terms(x, kernel, shape):
         return zeros(shape, x, kernel)
-    if _is_depthwise(kernel, p, plan):
+    if _is_depthwise(kernel, p, plan, "forward"):
         return _depthwise.forward(x, kernel, plan.window)
     return _by_platform(run, x, kernel, *p)
 
@@ -241,7 +241,7 @@ def _gradient_x(x, kernel, g, *p, plan):
     dtype, x = x.dtype, x.astype(jnp.float32)  # several windows are summed before rounding
     if _no_terms(x, kernel, g.shape):
         return zeros(x.shape, x, kernel, g).astype(dtype)
-    if _is_depthwise(kernel, p, plan):
+    if _is_depthwise(kernel, p, plan, "gradient_x"):
         return _depthwise.gradient_x(x, kernel, g, plan.window, plan.rule_x).astype(dtype)
     if plan.rule_x.kind == "full" and not p:
         return _full_gradient_x(x, kernel.astype(jnp.float32), g, plan.window).astype(dtype)
@@ -267,7 +267,7 @@ def _gradient_kernel(x, kernel, g, *p, plan):
     dtype, kernel = kernel.dtype, kernel.astype(jnp.float32)  # blocks are summed before rounding
     if _no_terms(x, kernel, g.shape):
         return zeros(kernel.shape, x, kernel, g).astype(dtype)
-    if _is_depthwise(kernel, p, plan):
+    if _is_depthwise(kernel, p, plan, "gradient_y"):
         return _depthwise.gradient_kernel(x, kernel, g, plan.window, plan.rule_kernel).astype(dtype)
     if plan.rule_kernel.kind == "full" and not p:
         return _full_gradient_kernel(x.astype(jnp.float32), kernel, g, plan.window).astype(dtype)
@@ -315,9 +315,12 @@ def _no_terms(x, kernel, shape) -> bool:
     return any(isinstance(size, int) and size == 0 for size in sizes)
 
 
-def _is_depthwise(kernel, p, plan) -> bool:
-    """Whether a call is summed elementwise."""
-    return not p and plan.implementation in (None, "xla") and _depthwise.applies(kernel.shape, plan.window)
+def _is_depthwise(kernel, p, plan, method) -> bool:
+    """Whether a call is summed elementwise, which the program then says."""
+    if p or plan.implementation not in (None, "xla") or not _depthwise.applies(kernel.shape, plan.window):
+        return False
+    announce(plan.log, f"adder_conv {method} of a kernel {kernel.shape} runs 'xla', summed elementwise")
+    return True
 
 
 def _set_rows(image, rows, start):

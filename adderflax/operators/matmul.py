@@ -11,6 +11,7 @@ from jax import lax
 
 from adderflax.operators import _integer, _power
 from adderflax.operators._dispatch import (
+    announce,
     check_accepts,
     check_implementation,
     dispatch,
@@ -64,6 +65,10 @@ def adder_matmul(
     nothing jumps in between. "sign" stands for the true derivative, so at p it is that of |d|^p alone,
     p |d|^(p - 1) sign(d), whose end is sign(d). The blend is this project's choice. p itself gets
     no gradient.
+
+    Derivatives of the gradients, as in a gradient penalty or a Hessian-vector product, are those of these
+    formulas, by XLA's operations on every platform. They need reverse mode first, `jax.grad` inside
+    `jax.jvp` or `jax.grad`: a surrogate gradient has no forward mode, and `jax.jvp` of the operator raises.
 
     Integers, as hardware has them, are summed exactly, by the same kernels, and have no gradient.
     implementation="gpu" sums int8, or uint8, by kernels of its own, four terms an instruction; they have been
@@ -191,6 +196,7 @@ def _run(method, operands, p, static, implementation, log):
         method = "byte_distances"
     if not p:
         return dispatch(method, operands, static, implementation, log)
+    announce(log, f"adder_matmul {method} of {[a.shape for a in operands]} runs 'xla', for any p")
     return getattr(_power, method)(*operands, *p, *static)
 
 

@@ -9,6 +9,7 @@ Adder networks therefore replace it by a function of the difference d:
 * "sign": sign(d), the true derivative.
 """
 
+import numbers
 from typing import Literal, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
             rule = (kind, _number(slope))
     if isinstance(rule, (tuple, list)) and len(rule) == 2 and rule[0] == "hardtanh":
         slope = rule[1]
-        if isinstance(slope, (int, float)) and not isinstance(slope, bool):
+        if isinstance(slope, numbers.Real) and not isinstance(slope, bool):
             if _SLOPES[0] <= slope <= _SLOPES[1]:
                 return Rule("hardtanh", float(slope))
         raise ValueError(

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import NoReturn
@@ -17,6 +18,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODE = 75
 # Processes agree on stopping by a collective, which waits for the devices: not at every update.
 _AGREE_EVERY = 8
+# Seconds within which the same signal again is the first one: `timeout` sends it to the process, then to its
+# group, of which the process is one.
+_SAME_WITHIN = 1.0
 
 
 class Preempted(SystemExit):
@@ -32,10 +36,11 @@ class Preempted(SystemExit):
 class StopSignals:
     """Takes SIGTERM and SIGINT while it is entered: the first is remembered, a second one exits at once.
 
-    At once means with 128 plus the signal's number, even while the main thread is inside a compiler or waits
-    for a device. Processes started meanwhile have both signals blocked: a Ctrl-C reaches the terminal's whole
-    process group, and without data workers the update at hand could not be finished. Entered outside the
-    main thread, which alone may set handlers, it does nothing.
+    The same one again within a second is no second one. At once means with 128 plus the signal's number,
+    even while the main thread is inside a compiler or waits for a device. Processes started meanwhile have
+    both signals blocked: a Ctrl-C reaches the terminal's whole process group, and without data workers the
+    update at hand could not be finished. Entered outside the main thread, which alone may set handlers, it
+    does nothing.
     """
 
     def __init__(self):
@@ -106,15 +111,17 @@ class StopSignals:
         raise Preempted
 
     def _watch(self, incoming: int) -> None:
+        first = 0.0
         with open(incoming, "rb", buffering=0) as stream:
             while number := ord(stream.read(1)):
-                if number not in SIGNALS:
+                repeated = number == self._received and time.monotonic() < first + _SAME_WITHIN
+                if number not in SIGNALS or repeated:
                     continue
                 if self._received:
                     for worker in multiprocessing.active_children():
                         worker.kill()
                     os._exit(128 + number)
-                self._received = number
+                self._received, first = number, time.monotonic()
                 name = signal.Signals(number).name
                 _say(f"\n{name}: finishing this step and saving; a second signal exits at once\n")
 

@@ -30,7 +30,7 @@ WEIGHTS = "weights.npz"
 
 def implementations_here() -> tuple[str, ...]:
     """The operator implementations that this machine's platform can run."""
-    return available_implementations(jax.default_backend().replace("gpu", "cuda"))
+    return available_implementations(jax.default_backend())
 
 
 def require_implementation(run: RunConfig) -> None:

@@ -54,6 +54,16 @@ def test_adder_and_twin_have_the_same_parameters(variant):
     assert count(adder) == count(VisionTransformerConfig.from_variant(variant, "multiply", **size))
 
 
+@pytest.mark.parametrize(
+    "fields", [PRESETS["vit"], {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3}]
+)
+def test_parameters_are_float32_under_x64(fields):
+    model = VisionTransformer(dataclasses.replace(TINY, **fields))
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images(TINY))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
 def test_presets_differ_where_they_should():
     adder, twin, vit = (VisionTransformerConfig.from_variant("Ti/16", name) for name in PRESETS)
     changed = {f.name for f in dataclasses.fields(adder) if getattr(adder, f.name) != getattr(twin, f.name)}

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adderflax.operators import adder_attention, adder_matmul
+from adderflax.operators import adder_attention, adder_conv, adder_matmul
 
 RULES = [{}, {"grad_x": "sign", "grad_y": ("hardtanh", 2.0)}]
 
@@ -53,6 +53,42 @@ def test_vmap(axes, options):
         for i in range(3)
     ]
     assert_close(actual, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
+@pytest.mark.parametrize("rule", ["hardtanh", "full", ("hardtanh", 4.0)], ids=str)
+def test_derivatives_of_gradients(rule):
+    """Where the branches of other platforms hold kernels, which have no derivative of their own."""
+    x, y = normal(0, 2, 65, 96), normal(1, 96, 160)
+
+    def penalty(x, y, implementation):
+        options = {"grad_x": rule, "implementation": implementation}
+        return jnp.sum(jnp.square(jax.grad(functools.partial(loss, **options))(x, y)))
+
+    found, expected = (
+        jax.jit(jax.grad(penalty, (0, 1)), static_argnums=2)(x, y, name) for name in (None, "reference")
+    )
+    assert np.abs(expected[1]).max() > 1
+    assert_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_derivatives_of_the_gradients_of_attention(masked):
+    query, key, value = (normal(seed, 1, 130, 2, 64) for seed in range(3))
+    mask = jnp.tril(jnp.ones((1, 1, 130, 130), bool)) if masked else None
+
+    def penalty(query, key, value, implementation):
+        def attended(query):
+            options = {"mask": mask, "implementation": implementation}
+            return jnp.sum(jnp.sin(adder_attention(query, key, value, **options)))
+
+        return jnp.sum(jnp.square(jax.grad(attended)(query)))
+
+    found, expected = (
+        jax.jit(jax.grad(penalty, (1, 2)), static_argnums=3)(query, key, value, name)
+        for name in (None, "reference")
+    )
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in expected)
+    assert_close(found, expected)
 
 
 def test_remat_and_scan():
@@ -247,6 +283,17 @@ def test_log_of_the_implementation(monkeypatch, caplog):
     assert any("forward" in line and "'xla'" in line for line in lines)
     assert any("gradient_x" in line and "'xla'" in line for line in lines)
     assert any("forward" in line and "'reference'" in line for line in lines)
+    # The forms that no implementation of the table has.
+    caplog.clear()
+    jax.block_until_ready(gradients(x, y, p=1.5))
+    pixels, kernel = normal(2, 1, 4, 4, 2), normal(3, 3, 3, 1, 2)
+    conv = functools.partial(adder_conv, feature_group_count=2, grad_kernel="sign")
+    jax.block_until_ready(jax.grad(lambda *operands: jnp.sum(conv(*operands)), (0, 1))(pixels, kernel))
+    jax.effects_barrier()
+    lines = [record.getMessage() for record in caplog.records]
+    for method in ("forward", "gradient_x", "gradient_y"):
+        assert any(f"adder_matmul {method} " in line and "'xla', for any p" in line for line in lines)
+        assert any(f"adder_conv {method} " in line and "'xla', summed elementwise" in line for line in lines)
     monkeypatch.setenv("ADDERFLAX_LOG_IMPLEMENTATION", "")
     caplog.clear()
     jax.block_until_ready(adder_matmul(x, y))

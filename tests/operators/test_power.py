@@ -163,6 +163,16 @@ def test_the_ledger_does_not_call_it_an_adder():
         assert count_operations(function, *arguments).adder_elements == terms
 
 
+def test_a_traced_integer_is_an_exponent():
+    x, y = (
+        np.random.default_rng(i).normal(size=shape).astype(np.float32)
+        for i, shape in enumerate(((2, 3), (3, 4)))
+    )
+    for p in (1, 2):
+        found = jax.jit(lambda p: adder_matmul(x, y, p=p))(p)
+        np.testing.assert_allclose(found, adder_matmul(x, y, p=p), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "p, options, error, parts",
     [

@@ -190,7 +190,10 @@ def test_told_to_stop(tmp_path, undisturbed):
     while last_logged(workdir) < 30:  # an average that was lost before would be forgotten at the end
         assert running.process.is_alive(), running.log
         time.sleep(0.005)
+    # Twice, as `timeout` does: the process and its group.
     os.kill(running.process.pid, signal.SIGTERM)
+    time.sleep(0.05)  # else the two merge
+    os.killpg(running.process.pid, signal.SIGTERM)
     assert running.wait() == 75, running.log
     (step,) = re.findall(r"Stopped by SIGTERM at step (\d+), saved; the same command goes on", running.log)
     assert int(step) < 60
