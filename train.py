@@ -55,7 +55,7 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"Unexpected argument {argv[1]!r}; flags begin with --.")
+        sys.exit(f"error: Unexpected argument {argv[1]!r}; flags begin with --, and --help shows them.")
     if not flags.FLAGS["verbosity"].present:
         # orbax reports every file, warns of what is meant, such as saves between evaluations, and prints a
         # traceback of every error that it also raises.
@@ -91,7 +91,8 @@ def main(argv: list[str]) -> None:
             name, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
             workdir = Path("runs", "-".join(filter(None, (Path(name).stem, argument))))
         if _EVAL_ONLY.value:
-            print(json.dumps(trainer.evaluate(workdir, config, data_dir=_DATA_DIR.value)))
+            figures = trainer.evaluate(workdir, config, data_dir=_DATA_DIR.value, progress=_PROGRESS.value)
+            print(json.dumps(figures))
         else:
             trainer.train(
                 config,

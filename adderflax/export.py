@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m adderflax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("workdir", help="directory of a trained run")
     parser.add_argument("directory", help="where to write; it must not hold anything yet")

@@ -64,7 +64,9 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m adderflax.predict", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m adderflax.predict", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("workdir", help="directory of a trained run, or of an export")
     parser.add_argument("image", nargs="+", help="image files, of any format that Pillow reads")
     parser.add_argument("--top", type=_positive, default=5, help="how many classes to print (default 5)")
@@ -83,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it first")
             images.append((path, image))
         except (OSError, SyntaxError, ValueError) as error:
-            unreadable.append(f"{path} cannot be read as an image: {error}.")
+            # What the system says names the file again.
+            reason = getattr(error, "strerror", None) or error
+            unreadable.append(f"{path} cannot be read as an image: {reason}.")
     try:
         results = predict(arguments.workdir, [image for _, image in images], best=arguments.best)
     except (ConfigError, WorkdirError) as error:
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if unreadable:
-        sys.exit(f"error: {' '.join(unreadable)} Give 8-bit files that Pillow opens.")
+        sys.exit(f"error: {' '.join(unreadable)} Give files with 8 bits a channel that Pillow opens.")
 
 
 if __name__ == "__main__":

@@ -259,7 +259,8 @@ def estimate(minutes: float, overrides: Sequence[str]) -> None:
         print(f"  {minutes:g} minutes allow {alone} epochs, beside two processes' {STARTS:g} s of their own")
     both = epochs_within(120 * minutes, speeds.values())
     print(f"{2 * minutes:g} minutes allow {both} epochs of each, beside {CALLS} processes")
-    print(f"Speeds, measured and assumed: {Rates()}")
+    speeds = ", ".join(f"{name.replace('_', ' ')} {speed:.3g}" for name, speed in Rates()._asdict().items())
+    print(f"Speeds a second, measured and assumed: {speeds}")
 
 
 def calls(

@@ -368,6 +368,11 @@ def main(arguments):
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nSections: {', '.join(SECTIONS)}.")
+        return
+    if unknown := [name for name in arguments if name not in SECTIONS]:
+        sys.exit(f"error: there is no section {unknown[0]!r}; choose among {', '.join(SECTIONS)}.")
     results = {"machine": machine(), "sections": {}, "records": []}
     if not results["machine"]["jax, jaxlib"]:
         sys.exit(

@@ -125,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"machine": machine(), "config": options.config, "milliseconds": figures}))
         return 0
-    print(f"{options.config} {' '.join(overrides)}: ms a step of {run.batch_size} images, {machine()}")
+    print(f"{options.config} {' '.join(overrides)}: ms a step of {run.batch_size} images")
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine().items()))
     for name, value in figures.items():
         share = "" if "step" in name else f"{100 * value / figures['step']:6.1f} %"
         print(f"{name:16s} {value:9.2f} {share}")

@@ -8,6 +8,8 @@ templates are `mu + sigma t`, where mu and sigma are the inputs' moments, or `t`
 the kernel and has the deviation at the head of the column.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,11 @@ def agreement(x_NxK: jax.Array, templates_KxO: jax.Array, kernel_KxO: jax.Array)
 
 def main() -> None:
     """Prints the table."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.templates",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     random = np.random.default_rng(0)
     print(f"{'inputs':10s}{'K':>5s}  {'rule':14s}" + "".join(f"{deviation:7.1f}" for deviation in DEVIATIONS))
     for kind, features in (

@@ -19,7 +19,8 @@ SMALL = ["--config.model.depth=1", "--config.model.embed_dim=16", "--config.mode
 def command(*arguments, **keywords):
     # A proxy that refuses at once: where there is a network, nothing is downloaded either.
     offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | offline
+    alone = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1")}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | alone | offline
     return dict(args=[sys.executable, *arguments], cwd=ROOT, env=environment, text=True) | keywords
 
 
@@ -105,6 +106,7 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
         (["--config.batch_size=5000"], "batch_size=5000"),
         (["--data_dir=sets"], "--data_dir goes with --eval_only. To train, set --config.data.data_dir"),
         (["--workdir=/proc/run"], "The workdir /proc/run cannot be written"),
+        (["extra"], "Unexpected argument 'extra'; flags begin with --"),
     ],
 )
 def test_mistakes(tmp_path, arguments, expected):

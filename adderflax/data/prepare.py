@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib.util
 import logging
 import os
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("it was interrupted")
     except Exception as error:  # Whatever went wrong inside is told in one sentence.
-        print(_one_line(error))
+        print(_one_line(options.name, error))
     else:
         splits = (f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items())
         print(f"{options.name} is ready in {builder.data_path}: {', '.join(splits)} images")
@@ -154,12 +155,18 @@ def _require_network(urls: dict[str, object]) -> None:
             ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(name: str, error: Exception) -> str:
     if isinstance(error, ConnectionError):
         return str(error)
+    if type(error).__name__ == "DatasetNotFoundError":  # its text lists every set there is
+        import tensorflow_datasets as tfds
+
+        near = difflib.get_close_matches(name, tfds.list_builders(), n=3)
+        proposal = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"tensorflow-datasets has no set {name!r}{proposal}"
     text = " ".join(str(error).split())
     text = text if len(text) <= 600 else text[:600] + " ..."
-    return f"preparing it failed with {type(error).__name__}: {text}"
+    return f"preparing {name} failed with {type(error).__name__}: {text}"
 
 
 if __name__ == "__main__":

@@ -202,6 +202,8 @@ def _outside_of_it(error: Exception) -> str:
         # The reason is the last line of a traceback, behind the way through this library.
         text = f"{flag} {failure.rpartition('Error: ')[2]}" if failed else flag
         message = f"{' '.join(text.split()).rstrip('.')}."
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"{message} --help shows the flags."
     described = "The fields are described in adderflax/training/config.py; --help shows the flags."
     return message and f"{message} {described}"
 

@@ -9,7 +9,13 @@ import types
 import typing
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+try:
+    from ml_collections import ConfigDict, config_dict
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error}: training and the commands need more than the layers do; in the checkout `pip install"
+        " '.[train]'` or `pip install -r requirements.txt` installs it."
+    ) from None
 
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
 from adderflax.models.families import MODULES, ModelConfig, config_class

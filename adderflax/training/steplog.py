@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,12 @@ class DivergenceError(RuntimeError):
     def __init__(self, message: str, *, step: int | None = None, batch: dict[str, np.ndarray] | None = None):
         super().__init__(message)
         self.step, self.batch = step, batch
+
+
+def progress_bar(*arguments: Any, **keywords: Any) -> tqdm:
+    """tqdm's bar: a log file gets a line now and then, a terminal a moving bar."""
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    return tqdm(*arguments, dynamic_ncols=True, mininterval=interval, **keywords)
 
 
 class StepLog:
@@ -60,15 +67,7 @@ class StepLog:
         """
         self._writer, self._batch_size, self._log_every = writer, batch_size, log_every
         self._total, self._learning_rate, self._allowed_skips = total, learning_rate, allowed_skips
-        self._bar = tqdm(
-            initial=first,
-            total=total,
-            unit="step",
-            disable=not progress,
-            dynamic_ncols=True,
-            # A log file gets a line now and then, a terminal a moving bar.
-            mininterval=0.2 if sys.stderr.isatty() else 15.0,
-        )
+        self._bar = progress_bar(initial=first, total=total, unit="step", disable=not progress)
         self._pending: tuple | None = None
         self._since: float | None = None
         self._steps = 0

@@ -28,7 +28,7 @@ from adderflax.training.state import (
     make_eval_step,
     make_train_step,
 )
-from adderflax.training.steplog import DivergenceError, StepLog
+from adderflax.training.steplog import DivergenceError, StepLog, progress_bar
 from adderflax.training.workdir import WorkdirError
 
 
@@ -141,12 +141,13 @@ class Trainer:
         """The learning rate of the update that follows `step` updates."""
         return float(self._schedule(step))
 
-    def evaluate(self, variables: dict[str, Any], part: str) -> dict[str, float]:
+    def evaluate(self, variables: dict[str, Any], part: str, *, progress: bool = False) -> dict[str, float]:
         """Figures of a model's variables over "validation" or "test", every image counted once.
 
         Args:
           variables: as `TrainState.evaluated_variables` or `adderflax.training.restore.load_model` give them.
           part: of the data set.
+          progress: whether to draw a bar.
 
         Returns:
           ``{part}_loss`` in nats, ``{part}_accuracy`` in 0..1, ``{part}_accuracy_top5`` above ten classes,
@@ -154,15 +155,13 @@ class Trainer:
         """
         # A batch of evaluation divides over the devices; what pads it has weight 0.
         shares = sharding.batch_shares(self.mesh)
+        batch_size = math.ceil(self.config.batch_size / shares) * shares
         batches = data_lib.evaluation_batches(
-            self.dataset,
-            part,
-            self.config.data,
-            batch_size=math.ceil(self.config.batch_size / shares) * shares,
-            **self._share,
+            self.dataset, part, self.config.data, batch_size=batch_size, **self._share
         )
+        count = math.ceil(len(self.dataset.part(part)) / batch_size)
         sums = []
-        for batch in batches:
+        for batch in progress_bar(batches, total=count, unit="batch", disable=not progress):
             sums.append(self.eval_step(variables, sharding.put_batch(batch, self.mesh)))
             # Loads the next batch while this one is computed, but never queues more than two on a device.
             jax.block_until_ready(sums[-2:-1])
@@ -329,7 +328,11 @@ def _update(
 
 
 def evaluate(
-    workdir: str | Path, config: ConfigDict | None = None, *, data_dir: str | None = None
+    workdir: str | Path,
+    config: ConfigDict | None = None,
+    *,
+    data_dir: str | None = None,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Evaluates a workdir's newest checkpoint, or its file of weights, on the test split.
 
@@ -337,6 +340,7 @@ def evaluate(
       workdir: the run's directory.
       config: the run's configuration; None reads the one that the directory was begun with.
       data_dir: where prepared data sets are on this machine; None looks where the configuration says.
+      progress: whether to draw a bar.
 
     Returns:
       steps (not of a file of weights), test_loss, test_accuracy, test_examples, and test_accuracy_top5 above
@@ -353,9 +357,10 @@ def evaluate(
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
         if checkpointer.latest_step is None:  # a file of weights, or nothing to evaluate
             _, variables, _ = load_model(workdir)
-            return trainer.evaluate(variables, "test")
+            return trainer.evaluate(variables, "test", progress=progress)
         state = checkpointer.restore_state(trainer.abstract_state())
-        return {"steps": int(state.step)} | trainer.evaluate(state.evaluated_variables, "test")
+        figures = trainer.evaluate(state.evaluated_variables, "test", progress=progress)
+        return {"steps": int(state.step)} | figures
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:

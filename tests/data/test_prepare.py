@@ -103,6 +103,13 @@ def test_a_set_that_must_be_downloaded_by_hand(tmp_path):
     assert "ILSVRC2012_img_train.tar" in refused(tmp_path, "imagenet2012")
 
 
+def test_an_unknown_name_is_told_in_one_sentence(capsys, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    error = type("DatasetNotFoundError", (ValueError,), {})("Available datasets: - a - b")
+    told = prepare._one_line("cifar1", error)
+    assert told.startswith("tensorflow-datasets has no set 'cifar1'; did you mean cifar10 or cifar100")
+
+
 def test_prepares_and_reads_a_set(tmp_path, root):
     pytest.importorskip("tensorflow")
     package = tmp_path / "package" / "tiny_pictures"
@@ -115,7 +122,7 @@ def test_prepares_and_reads_a_set(tmp_path, root):
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "preparing it failed with OSError: the download broke off",
+        "preparing tiny_pictures failed with OSError: the download broke off",
         "3 []",
         f"tiny_pictures is ready in {directory}/tiny_pictures/1.0.0: train 20, test 6 images",
         "0 ['1.0.0']",

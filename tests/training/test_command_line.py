@@ -92,6 +92,7 @@ def test_mistakes_on_the_command_line(root):
     assert refusal(file, "--config.sed=1").startswith(
         "The configuration has no field 'sed'. Did you mean 'seed'?"
     )
+    assert refusal(file, "--bogus") == "Unknown command line flag 'bogus'. --help shows the flags."
     assert refusal(file, "--config.seed=x").startswith("flag --config.seed=x: invalid literal for int()")
     for override, told in (
         ("--config.seed.x=1", "seed is a value, 0, and has no field 'x'."),
