@@ -1,6 +1,8 @@
 """The directory of an integer model: files that hardware and simulators read without this library.
 
-    integers.json    bits, rounding, and each operation in the order in which it runs
+    README.md        what the other files hold, and every step between the integer sums (integer_format.md)
+    reference.py     the model in NumPy alone, which checks itself (integer_reference.py)
+    integers.json    bits, limits, the model's description, and each operation in the order in which it runs
     integers.npz     params/NAME/adder_kernel int8, constants/NAME int32 where the layer is centered, all
                      other variables float32 under the names of weights.npz
     vectors.npz      images uint8, logits float32, and what goes into and comes out of every operation
@@ -15,6 +17,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import types
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize
+from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize, width
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
+from adderflax.encoder import EncoderConfig
 from adderflax.models.families import build_model
+from adderflax.operators.attention import default_attention_scale
 from adderflax.training.config import RunConfig
 from adderflax.training.restore import config_here, data_from, load_model, unflatten_variables
 from adderflax.training.workdir import INTEGERS, WorkdirError, read_config, read_info
@@ -86,37 +91,72 @@ def export_workdir(
     def first_images(part: str, count: int) -> np.ndarray:
         return next(evaluation_batches(dataset, part, data, batch_size=count))["image"]
 
-    def described(integers: IntegerModel) -> dict[str, Any]:
+    def accuracies(integers: IntegerModel) -> dict[str, Any]:
         figures = {}
-        if evaluate:
-            for name, function in (
-                ("float", lambda images: in_float32(model).apply(variables, images)),
-                ("integer", integers.apply),
-            ):
-                batches = evaluation_batches(dataset, "test", data, batch_size=_EVALUATED_AT_ONCE)
-                figures[f"test_accuracy_{name}"] = _accuracy(function, batches, info)
-            figures["test_examples"] = len(dataset.test)
-        operations = [
-            {"name": name, **dataclasses.asdict(entry), "accumulator_bits": entry.accumulator_bits(bits)}
-            for name, entry in integers.operations.items()
-        ]
-        shared = {"format": _FORMAT, "bits": bits, "rounding": "half to even"}
-        return shared | figures | {"operations": operations}
+        for name, function in (
+            ("float", lambda images: in_float32(model).apply(variables, images)),
+            ("integer", integers.apply),
+        ):
+            batches = evaluation_batches(dataset, "test", data, batch_size=_EVALUATED_AT_ONCE)
+            figures[f"test_accuracy_{name}"] = _accuracy(function, batches, info)
+        return figures | {"test_examples": len(dataset.test)}
 
     with _all_or_nothing(directory) as written:
         images = normalize_batch(first_images("train", calibration), info)
         integers = quantize(model, variables, images, bits=bits)
-        description = described(integers)
-        traced = first_images("test", vectors)
-        normalized = normalize_batch(traced, info)
-        found = {"images": traced, "logits": np.asarray(integers.apply(normalized))}
+        figures = accuracies(integers) if evaluate else {}
         with _telling_of(directory):
             for name in ("config.json", "dataset.json"):
                 shutil.copyfile(Path(workdir) / name, written / name)
-            np.savez(written / _INTEGERS, **_arrays(integers))
-            np.savez(written / _VECTORS, **found, **integers.vectors(normalized))
-            (written / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
+            return write_integers(written, integers, first_images("test", vectors), info, figures)
+
+
+def write_integers(
+    directory: Path,
+    integers: IntegerModel,
+    images: np.ndarray,
+    info: DatasetInfo,
+    figures: Mapping[str, Any] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+    """Writes all files but config.json and dataset.json.
+
+    Args:
+      directory: where to.
+      integers: the model.
+      images: uint8 [B, H, W, C] that are traced.
+      info: the data set that they are from.
+      figures: what integers.json says besides.
+
+    Returns:
+      What integers.json holds.
+    """
+    normalized = normalize_batch(images, info)
+    found = {"images": images, "logits": np.asarray(integers.apply(normalized))}
+    np.savez(directory / _INTEGERS, **_arrays(integers))
+    np.savez(directory / _VECTORS, **found, **integers.vectors(normalized))
+    for source, name in (("integer_format.md", "README.md"), ("integer_reference.py", "reference.py")):
+        shutil.copyfile(Path(__file__).with_name(source), directory / name)
+    description = _described(integers) | figures
+    (directory / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
     return description
+
+
+def _described(integers: IntegerModel) -> dict[str, Any]:
+    operations = []
+    for name, (lowest, highest) in integers.accumulators().items():
+        entry = {"name": name, **dataclasses.asdict(integers.operations[name])}
+        ends = {"accumulator_lowest": lowest, "accumulator_highest": highest}
+        operations.append(entry | ends | {"accumulator_bits": width(lowest, highest)})
+    half = 2 ** (integers.bits - 1)
+    described = {
+        "format": _FORMAT,
+        "bits": integers.bits,
+        "rounding": "half to even",
+        "operands": {"lowest": -half, "highest": half - 1},
+        "model": _resolved(integers.model.config),
+        "operations": operations,
+    }
+    return json.loads(json.dumps(described))  # tuples become lists, as the file has them
 
 
 @contextlib.contextmanager
@@ -193,6 +233,20 @@ def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
         ) from error
     variables = unflatten_variables(arrays, model, directory / _INTEGERS)
     return IntegerModel(model, variables, bits, operations), info
+
+
+def _resolved(config: Any) -> dict[str, Any]:
+    """A model's description with what its unset fields stand for."""
+    fields = dataclasses.asdict(config)
+    if isinstance(config, EncoderConfig):
+        if config.mlp_dim is None:
+            fields["mlp_dim"] = 4 * config.embed_dim
+        if config.attention_scale is None:
+            depth = config.embed_dim // config.num_heads
+            fields["attention_scale"] = default_attention_scale(config.similarity, depth)
+        if config.mlp_kernel_size is not None and config.mlp_convolution is None:
+            fields["mlp_convolution"] = config.linear
+    return fields
 
 
 def _arrays(integers: IntegerModel) -> dict[str, np.ndarray]:

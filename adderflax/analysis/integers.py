@@ -50,7 +50,7 @@ class IntegerOperation:
       terms: of one sum.
       centered: whether each output adds the constant sum_i |q(w_io)|.
       clipped: share of its operands that lay beyond the grid's ends when it was chosen, 0 to 1.
-      geometry: of a convolution, the arguments of `adderflax.adder_conv`.
+      geometry: of a convolution, the arguments of `adderflax.adder_conv`, padding in numbers.
     """
 
     kind: str
@@ -59,10 +59,6 @@ class IntegerOperation:
     centered: bool = False
     clipped: float = 0.0
     geometry: Mapping[str, Any] | None = None
-
-    def accumulator_bits(self, bits: int) -> int:
-        """Width of a two's complement integer that holds every such sum of operands of `bits` bits."""
-        return (self.terms * (2**bits - 1)).bit_length() + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +134,25 @@ class IntegerModel:
             if self.operations[name].centered
         }
 
+    def accumulators(self) -> dict[str, tuple[int, int]]:
+        """The least and the greatest value of each operation's accumulators, by the operation's name.
+
+        It begins with the constant of a centered layer, or with 0, and each term takes something off, in
+        whatever order: with these templates, whatever the inputs of `bits` bits.
+        """
+        ranges = {}
+        templates, constants = self.templates(), self.constants()
+        for name, operation in self.operations.items():
+            if operation.kind == "similarity":
+                ranges[name] = (-operation.terms * (2**self.bits - 1), 0)
+                continue
+            found = templates[name].reshape(-1, templates[name].shape[-1]).astype(np.int64)
+            half = 2 ** (self.bits - 1)
+            furthest = np.maximum(found + half, half - 1 - found).sum(axis=0)
+            start = constants[name].astype(np.int64) if operation.centered else np.zeros_like(furthest)
+            ranges[name] = (int(np.min(start - furthest)), int(np.max(start)))
+        return ranges
+
     def _templates(self, name: str) -> jax.Array:
         flat = traverse_util.flatten_dict(self.variables["params"], sep="/")
         return self._integers(name, flat[f"{name}/{_TEMPLATES}"])
@@ -153,6 +168,11 @@ class IntegerModel:
         if (attention := _similarity_of(context)) is not None:
             outputs = on_grid(outputs, self.operations[_name(attention)].exponent, self.bits)
         return outputs
+
+
+def width(lowest: int, highest: int) -> int:
+    """Bits of a two's complement integer that holds both ends of a range around 0."""
+    return max((-lowest - 1).bit_length(), highest.bit_length()) + 1
 
 
 def quantize(
@@ -287,6 +307,10 @@ def _layer_operation(
     if isinstance(layer, AdderDense):
         return IntegerOperation("dense", exponent, terms, **shared)
     geometry = {name: getattr(layer, name) for name in _GEOMETRY}
+    if isinstance(layer.padding, str):
+        reach = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, layer.dilation)]
+        pads = jax.lax.padtype_to_pads(inputs.shape[1:3], reach, layer.strides, layer.padding)
+        geometry["padding"] = tuple(pads)
     return IntegerOperation("convolution", exponent, terms, geometry=geometry, **shared)
 
 

@@ -98,7 +98,7 @@ def adder_attention(
 
     query, key, value = (jnp.transpose(array, (0, 2, 1, 3)) for array in (query, key, value))
     if scale is None:
-        scale = _default_scale(similarity, query.shape[-1])
+        scale = default_attention_scale(similarity, query.shape[-1])
     number = float(scale) if isinstance(scale, numbers.Real) else None
     plan = _Plan(*rules, number, implementation, logging_enabled())
     scale = jnp.asarray(scale, jnp.float32) if plan.scale is None else None
@@ -213,7 +213,8 @@ def _attend_with_weights(query, key, value, mask, bias, scale, plan, similarity,
     return aggregate, weights
 
 
-def _default_scale(similarity: str, depth: int) -> float:
+def default_attention_scale(similarity: str, depth: int) -> float:
+    """The factor with which logits of unit-normal queries and keys of that many features deviate by 1."""
     if depth == 0:
         return 1.0
     return 1.0 / math.sqrt(depth if similarity == "dot" else 2.0 * depth * (1.0 - 2.0 / math.pi))

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -20,9 +23,10 @@ from adderflax import (
     VisionTransformerConfig,
     export,
 )
-from adderflax.analysis.integer_files import export_workdir, holds_integers, load_integers
-from adderflax.analysis.integers import IntegerOperation, in_float32, on_grid, quantize
-from adderflax.data import DataConfig, load_dataset
+from adderflax.analysis.integer_files import export_workdir, holds_integers, load_integers, write_integers
+from adderflax.analysis.integer_reference import Export
+from adderflax.analysis.integers import in_float32, on_grid, quantize, width
+from adderflax.data import DataConfig, load_dataset, normalize_batch
 from adderflax.encoder import AdderSelfAttention
 from adderflax.operators import adder_conv
 from adderflax.predict import predict
@@ -232,12 +236,81 @@ def test_the_share_that_is_cut_off():
     assert operation.clipped == pytest.approx(beyond / 8)
 
 
-def test_accumulators_hold_the_largest_sum_and_are_no_wider():
-    for terms, bits in ((1, 2), (9, 8), (192, 4), (257, 8)):
-        width = IntegerOperation("dense", 0, terms).accumulator_bits(bits)
-        largest = terms * (2**bits - 1)
-        assert -(2 ** (width - 1)) <= -largest and largest <= 2 ** (width - 1) - 1
-        assert largest > 2 ** (width - 2) - 1
+@pytest.mark.parametrize(
+    ("lowest", "highest", "bits"),
+    [(-128, 127, 8), (-129, 0, 9), (0, 128, 9), (-1, 0, 1), (-32768, 18029, 16), (-16320, 0, 15)],
+)
+def test_widths_are_those_of_twos_complement(lowest, highest, bits):
+    assert width(lowest, highest) == bits
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+@pytest.mark.parametrize("centered", [False, True])
+def test_accumulators_reach_their_ends_and_no_further(centered, bits):
+    for model in layers(centered):
+        if isinstance(model.layer, AdderConv):
+            continue
+        images = jax.random.normal(jax.random.key(0), (4, 3))
+        integers = quantize(model, model.init(jax.random.key(1), images), images, bits=bits)
+        (templates,), ((lowest, highest),) = integers.templates().values(), integers.accumulators().values()
+        half = 2 ** (bits - 1)
+        operands = np.stack(np.meshgrid(*[np.arange(-half, half)] * 3), axis=-1).reshape(-1, 3)
+        constants = np.abs(templates.astype(np.int64)).sum(axis=0) if centered else 0
+        sums = constants + dense_sums(operands, templates)
+        # The templates themselves are among the operands: nothing is taken off the constant there.
+        assert (sums.min(), sums.max()) == (lowest, highest)
+
+
+def test_accumulators_of_convolutions_and_similarities():
+    *_, model = layers(True)
+    images = jax.random.normal(jax.random.key(0), (2, 5, 5, 6))
+    integers = quantize(model, model.init(jax.random.key(1), images), images)
+    (templates,), ((lowest, highest),) = integers.templates().values(), integers.accumulators().values()
+    flat = templates.reshape(-1, 6).astype(np.int64)
+    furthest = np.maximum(np.abs(flat + 128), np.abs(flat - 127)).sum(axis=0)
+    assert (lowest, highest) == ((np.abs(flat).sum(0) - furthest).min(), np.abs(flat).sum(0).max())
+    model, variables, images = model_of(**SMALL)
+    assert quantize(model, variables, images, bits=4).accumulators()["block_0/attention"] == (-8 * 15, 0)
+
+
+ALL_ADD = {"patch_embedding": "adder", "head": "adder", "aggregation": "l1"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        ALL_ADD | {"pooling": "token", "centered": False, "power_activation": True, "identity": False},
+        ALL_ADD | {"stem": "conv", "mlp_kernel_size": 3, "power_activation": True},
+        {"stem": "conv", "mlp_kernel_size": 3, "mlp_convolution": "multiply", "mlp_dim": None},
+        {"arithmetic": "vit", "similarity": "l1", "pooling": "token", "attention_scale": 0.2},
+        {"similarity": "dot", "output_projection": "multiply"},
+    ],
+    ids=["plain", "all-add", "all-add-stem", "stem", "vit", "dot"],
+)
+def test_the_reference_in_numpy_computes_the_model(tmp_path, fields):
+    model, variables, images = model_of(**(SMALL | fields))
+    # What is 0 or 1 in a fresh model would hide what is left out.
+    noise = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: leaf + jnp.float32(0.1 * noise.normal(size=leaf.shape)), variables)
+    info = load_dataset(DataConfig(name="digits")).info
+    pixels = noise.integers(0, 256, (3, 8, 8, 1), np.uint8)
+    integers = quantize(model, variables, normalize_batch(pixels, info), bits=6)
+    write_integers(tmp_path, integers, pixels, info)
+    (tmp_path / "dataset.json").write_text(json.dumps(dataclasses.asdict(info)))
+    export = Export(tmp_path)
+    assert export.wrong_operations() == [] and len(export.operations) == len(integers.operations)
+    expected = np.load(tmp_path / "vectors.npz")["logits"]
+    np.testing.assert_allclose(export.logits(recorded=True), expected, atol=1e-5)
+    assert np.abs(export.logits(recorded=False) - expected).max() < 0.2
+
+
+def test_padding_is_exported_in_numbers():
+    layer = AdderConv(3, (3, 3), strides=(2, 2), dilation=(1, 2), padding="SAME", normalization="none")
+    images = jax.random.normal(jax.random.key(0), (1, 8, 9, 2))
+    model = RawSums(layer)
+    (operation,) = quantize(model, model.init(jax.random.key(1), images), images).operations.values()
+    assert operation.geometry["padding"] == ((0, 1), (2, 2))
 
 
 def test_a_residual_network():
@@ -395,9 +468,23 @@ def test_files(workdir, tmp_path, capsys):
     assert (entry["kind"], entry["terms"], entry["accumulator_bits"], entry["centered"]) == (
         "dense",
         24,
-        14,
+        width(entry["accumulator_lowest"], entry["accumulator_highest"]),
         True,
     )
+    assert entry["accumulator_lowest"] >= -24 * 128  # what the constant leaves of 24 * 255
+    assert description["operands"] == {"lowest": -128, "highest": 127}
+    assert description["model"]["attention_scale"] == pytest.approx(1 / np.sqrt(2 * 8 * (1 - 2 / np.pi)))
+    # The files check themselves, without this library.
+    reference = [sys.executable, "-I", directory / "reference.py"]
+    told = subprocess.run(reference, capture_output=True, text=True, cwd="/")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("7 of 7 operations have the recorded sums\nlogits with the recorded")
+    wrong = vectors | {"block_0/mlp/fc1/sums": vectors["block_0/mlp/fc1/sums"] + 1}
+    shutil.copytree(directory, tmp_path / "wrong")
+    np.savez(tmp_path / "wrong" / "vectors.npz", **wrong)
+    told = subprocess.run([*reference, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
+    assert told.returncode == 1
+    assert told.stdout.startswith("6 of 7 operations have the recorded sums, not block_0/mlp/fc1\n")
     sums = dense_sums(vectors["block_0/mlp/fc2/inputs"], arrays["params/block_0/mlp/fc2/adder_kernel"])
     np.testing.assert_array_equal(vectors["block_0/mlp/fc2/sums"], sums)
     # What is read again has the same bits, and the command for predictions takes it.
@@ -527,6 +614,7 @@ def test_an_empty_directory_is_filled_and_stays_itself(workdir, tmp_path, monkey
     assert stat.S_IMODE(target.stat().st_mode) == 0o700
     assert {path.name for path in target.iterdir()} == {
         *("integers.json", "integers.npz", "vectors.npz", "config.json", "dataset.json"),
+        *("README.md", "reference.py"),
     }
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     export_workdir(workdir, tmp_path / "link", calibration=8, vectors=1)

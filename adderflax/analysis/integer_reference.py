@@ -1,0 +1,258 @@
+"""An exported model computed with NumPy alone, held against the test vectors beside it.
+
+    python reference.py [DIRECTORY]
+
+`python -m adderflax.export` puts this file into every directory that it writes, as reference.py: it says in
+code what README.md there says in words, and imports nothing of adderflax. The command computes the sums of
+every operation from the integers recorded in vectors.npz and compares all of them; then, for a Vision
+Transformer, the logits: once with each operation's recorded integers in place of the computed ones, which
+are equal up to float32 rounding, and once without, where a value that lies between two integers may fall to
+either side.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_ROWS_AT_ONCE = 64  # of a product: bounds the memory of its differences
+
+
+class Export:
+    """A directory of `python -m adderflax.export`.
+
+    Attributes:
+      described: integers.json.
+      arrays: integers.npz.
+      vectors: vectors.npz.
+      operations: the entries of integers.json by their names.
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        self.described = json.loads((directory / "integers.json").read_text())
+        self.operations = {entry["name"]: entry for entry in self.described["operations"]}
+        self.arrays, self.vectors = (dict(np.load(directory / f"{n}.npz")) for n in ("integers", "vectors"))
+        images = json.loads((directory / "dataset.json").read_text())
+        self._mean, self._deviation = (np.float32(images[name]) for name in ("mean", "std"))
+
+    def quantized(self, values: np.ndarray, name: str) -> np.ndarray:
+        """The integers of an operation's float32 operands, int64."""
+        limits, unit = self.described["operands"], np.float32(2.0 ** self.operations[name]["exponent"])
+        rounded = np.rint(np.float32(values) / unit)  # np.rint takes halves to even
+        return np.clip(rounded, limits["lowest"], limits["highest"]).astype(np.int64)
+
+    def sums(self, name: str, *operands: np.ndarray) -> np.ndarray:
+        """The integer sums of an operation without the constant: of inputs, or of queries and keys."""
+        kind = self.operations[name]["kind"]
+        if kind == "similarity":
+            query_BxHxTxd, key_BxHxTxd = (x.astype(np.int64).transpose(0, 2, 1, 3) for x in operands)
+            heads = [distances(q, k.T) for q, k in zip(_merged(query_BxHxTxd), _merged(key_BxHxTxd))]
+            return np.stack(heads).reshape(*query_BxHxTxd.shape[:2], *heads[0].shape)
+        inputs, templates = operands[0].astype(np.int64), self.arrays[f"params/{name}/adder_kernel"]
+        if kind == "dense":
+            sums = distances(inputs.reshape(-1, inputs.shape[-1]), templates.astype(np.int64))
+            return sums.reshape(*inputs.shape[:-1], -1)
+        return convolution(inputs, templates.astype(np.int64), distances, **self.operations[name]["geometry"])
+
+    def wrong_operations(self) -> list[str]:
+        """Names of the operations whose recorded sums are not those of their recorded operands."""
+        return [name for name in self.operations if not self._agrees(name)]
+
+    def _agrees(self, name: str) -> bool:
+        parts = ("queries", "keys") if self.operations[name]["kind"] == "similarity" else ("inputs",)
+        found = self.sums(name, *(self.vectors[f"{name}/{part}"] for part in parts))
+        entry = self.operations[name]
+        whole = found + self.arrays.get(f"constants/{name}", 0)
+        inside = entry["accumulator_lowest"] <= whole.min() and whole.max() <= entry["accumulator_highest"]
+        return inside and np.array_equal(found, self.vectors[f"{name}/sums"])
+
+    def logits(self, *, recorded: bool) -> np.ndarray:
+        """float32 logits of the recorded images, of a Vision Transformer.
+
+        Args:
+          recorded: whether each operation takes the integers that were recorded for it.
+        """
+        return _Transformer(self, recorded).logits(self.normalized(self.vectors["images"]))
+
+    def normalized(self, images: np.ndarray) -> np.ndarray:
+        """What the model takes, float32 [B, H, W, C], from uint8 pixels."""
+        return (np.float32(images) / np.float32(255) - self._mean) / self._deviation
+
+
+def distances(x_MxK: np.ndarray, y_KxN: np.ndarray) -> np.ndarray:
+    """-sum_k |x - y|, [M, N]."""
+    blocks = (x_MxK[start : start + _ROWS_AT_ONCE] for start in range(0, len(x_MxK), _ROWS_AT_ONCE))
+    return np.concatenate([-np.abs(block[:, :, None] - y_KxN).sum(axis=1) for block in blocks])
+
+
+def convolution(
+    x_BxHxWxC: np.ndarray, kernel: np.ndarray, product, *, strides, padding, dilation, feature_group_count
+) -> np.ndarray:
+    """A convolution: `product`, as `distances` or `np.matmul`, of patches and kernel [h, w, C / groups, O].
+
+    Zeros are added around the image, (before, after) in height and width; the o-th of equally many groups of
+    filters sees the o-th group of channels alone.
+    """
+    x = np.pad(x_BxHxWxC, ((0, 0), *map(tuple, padding), (0, 0)))
+    groups, (height, width, inside, filters) = feature_group_count, kernel.shape
+    (step_h, step_w), (reach_h, reach_w) = strides, dilation
+    rows = (x.shape[1] - (height - 1) * reach_h - 1) // step_h + 1
+    columns = (x.shape[2] - (width - 1) * reach_w - 1) // step_w + 1
+    total = 0
+    for i in range(height):
+        for j in range(width):
+            top, left = i * reach_h, j * reach_w
+            seen = x[:, top : top + (rows - 1) * step_h + 1 : step_h]
+            seen = seen[:, :, left : left + (columns - 1) * step_w + 1 : step_w].reshape(-1, groups, inside)
+            weights = kernel[i, j].reshape(inside, groups, filters // groups)
+            parts = [product(seen[:, group], weights[:, group]) for group in range(groups)]
+            total = total + np.concatenate(parts, axis=1)
+    return total.reshape(len(x), rows, columns, filters)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    cubic = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
+    return x * np.float32(0.5) * (np.float32(1) + np.tanh(cubic))
+
+
+def _merged(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1, *array.shape[2:])
+
+
+class _Transformer:
+    """The float32 steps of a Vision Transformer around its integer sums."""
+
+    def __init__(self, export: Export, recorded: bool):
+        self._export, self._recorded = export, recorded
+        self._model: Mapping[str, Any] = export.described["model"]
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        model = self._model
+        x = self._embedded(x)
+        if model["pooling"] == "token":
+            token = np.broadcast_to(self._weight("class_token"), (len(x), 1, x.shape[2]))
+            x = np.concatenate([token, x], axis=1)
+        x = x + self._weight("position_embedding")
+        for index in range(model["depth"]):
+            x = x + self._attention(
+                self._norm(x, f"block_{index}/attention_norm"), f"block_{index}/attention"
+            )
+            x = x + self._mlp(self._norm(x, f"block_{index}/mlp_norm"), f"block_{index}/mlp")
+        x = self._norm(x[:, 0] if model["pooling"] == "token" else x, "norm")
+        return self._layer(x.mean(axis=1) if model["pooling"] == "mean" else x, "head")
+
+    def _embedded(self, x: np.ndarray) -> np.ndarray:
+        """Patches in reading order, each row by row with its channels last."""
+        side = self._model["patch_size"]
+        if self._model["stem"] == "conv":
+            for index in range(side.bit_length() - 1):
+                x = gelu(self._convolution(x, f"stem_{index}", stride=2, groups=1))
+            side = 1
+        B, H, W, C = x.shape
+        x = x.reshape(B, H // side, side, W // side, side, C).transpose(0, 1, 3, 2, 4, 5)
+        return self._layer(x.reshape(B, -1, side * side * C), "patch_embedding")
+
+    def _attention(self, x: np.ndarray, name: str) -> np.ndarray:
+        model, (B, T, D) = self._model, x.shape
+        heads = (B, T, model["num_heads"], D // model["num_heads"])
+        query, key, value = (
+            self._layer(x, f"{name}/{part}").reshape(heads) for part in ("query", "key", "value")
+        )
+        if model["similarity"] == "l1":
+            scores = self._sums(name, queries=query, keys=key)
+        else:
+            scores = np.einsum("bthd,bshd->bhts", query, key)
+        scores = scores * np.float32(model["attention_scale"])
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        if model["identity"]:
+            weights = weights + np.eye(T, dtype=np.float32)
+        if model["aggregation"] == "dot":
+            attended = np.einsum("bhts,bshd->bthd", weights, value)
+        else:
+            differences = weights[:, :, :, :, None] - value.transpose(0, 2, 1, 3)[:, :, None]
+            attended = -np.abs(differences).sum(axis=3).transpose(0, 2, 1, 3)
+        return self._layer(attended.reshape(B, T, D), f"{name}/out")
+
+    def _mlp(self, x: np.ndarray, name: str) -> np.ndarray:
+        x = self._layer(x, f"{name}/fc1")
+        if self._model["mlp_kernel_size"] is not None:
+            side, features = math.isqrt(x.shape[1]), x.shape[2]
+            image = x.reshape(-1, side, side, features)
+            x = x + self._convolution(image, f"{name}/conv", stride=1, groups=features).reshape(x.shape)
+        return self._layer(gelu(x), f"{name}/fc2")
+
+    def _layer(self, x: np.ndarray, name: str) -> np.ndarray:
+        """A linear layer with what belongs to it: bias or constant, normalization, power."""
+        if name in self._export.operations:
+            return self._finished(self._sums(name, inputs=x), name)
+        x = x @ self._weight(f"{name}/kernel")
+        bias = self._export.arrays.get(f"params/{name}/bias")
+        return self._finished(x if bias is None else x + bias, name)
+
+    def _convolution(self, x: np.ndarray, name: str, *, stride: int, groups: int) -> np.ndarray:
+        if name in self._export.operations:
+            return self._finished(self._sums(name, inputs=x), name)
+        kernel = self._weight(f"{name}/kernel")
+        half = kernel.shape[0] // 2
+        geometry = {"strides": (stride, stride), "padding": ((half, half),) * 2, "dilation": (1, 1)}
+        return self._finished(convolution(x, kernel, np.matmul, **geometry, feature_group_count=groups), name)
+
+    def _sums(self, name: str, **operands: np.ndarray) -> np.ndarray:
+        """The unit times the integer sums and their constant, float32."""
+        export = self._export
+        integers = [
+            export.vectors[f"{name}/{part}"] if self._recorded else export.quantized(values, name)
+            for part, values in operands.items()
+        ]
+        sums = export.sums(name, *integers) + export.arrays.get(f"constants/{name}", 0)
+        return np.float32(sums) * np.float32(2.0 ** export.operations[name]["exponent"])
+
+    def _finished(self, x: np.ndarray, name: str) -> np.ndarray:
+        if f"params/{name}/norm/scale" in self._export.arrays:
+            x = self._norm(x, f"{name}/norm")
+        power = self._export.arrays.get(f"params/{name}/power")
+        if power is None:
+            return x
+        # sign(x) |x|^exp(power), a line through 0 below 1e-3.
+        magnitude = np.maximum(np.abs(x), np.float32(1e-3))
+        return x * np.exp(np.expm1(power) * np.log(magnitude))
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """LayerNorm over the last axis."""
+        centered = x - x.mean(axis=-1, keepdims=True)
+        variance = np.square(centered).mean(axis=-1, keepdims=True)
+        scale = self._weight(f"{name}/scale") / np.sqrt(
+            variance + np.float32(self._model["layer_norm_epsilon"])
+        )
+        return centered * scale + self._weight(f"{name}/bias")
+
+    def _weight(self, name: str) -> np.ndarray:
+        return self._export.arrays[f"params/{name}"]
+
+
+def main(directory: str | Path) -> int:
+    """Prints what agrees; 1 where an integer sum does not."""
+    export = Export(directory)
+    wrong, count = export.wrong_operations(), len(export.operations)
+    print(f"{count - len(wrong)} of {count} operations have the recorded sums" + ", not ".join(["", *wrong]))
+    if "patch_size" in export.described["model"]:
+        expected = export.vectors["logits"]
+        for recorded, told in ((True, "with the recorded integers"), (False, "from the pixels")):
+            found = export.logits(recorded=recorded)
+            same = int(np.sum(found.argmax(axis=1) == expected.argmax(axis=1)))
+            print(
+                f"logits {told}: at most {np.abs(found - expected).max():.2g} apart,"
+                f" {same} of {len(found)} images in the same class"
+            )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent))
