@@ -161,8 +161,8 @@ def test_accuracies_of_the_gap_studies_in_the_claims():
     np.testing.assert_allclose(told, expected, atol=5.1e-5)
 
 
-def test_accuracies_of_the_gap_studies_in_the_readme():
-    readme = (RESULTS.parent / "README.md").read_text()
+def test_accuracies_of_the_gap_studies_on_their_page():
+    page, readme = (file.read_text() for file in (RESULTS / "gap.md", RESULTS.parent / "README.md"))
     rows = {
         "multiply": "`multiply`, the twin",
         "vit": "`vit`",
@@ -172,11 +172,11 @@ def test_accuracies_of_the_gap_studies_in_the_readme():
     }
     for name, label in rows.items():
         cells = [f"{100 * gap_accuracy(study, f'final-{name}'):.1f}" for study in ("digits", "cifar10")]
-        assert f"| {label} | {cells[0]} | {cells[1]} |" in readme
+        assert f"| {label} | {cells[0]} | {cells[1]} |" in page
     both = gap_accuracy("digits", "final-multiply-warm-features")
-    assert f"| `multiply`, both | {100 * both:.1f} | |" in readme
+    assert f"| `multiply`, both | {100 * both:.1f} | |" in page
     # The digits' adder model alone stands in the table of the first command.
-    assert f"| `adder` | 97.6 | {100 * gap_accuracy('cifar10', 'final-adder'):.1f} |" in readme
+    assert f"| `adder` | 97.6 | {100 * gap_accuracy('cifar10', 'final-adder'):.1f} |" in page
     assert re.search(r"^\| `digits_adder_vit.py` \|.*\| 0\.9758 \|$", readme, flags=re.MULTILINE)
 
 
@@ -194,8 +194,10 @@ NEIGHBORS = {
 
 @jax.numpy_dtype_promotion("standard")
 def test_accuracies_with_neighbors():
-    readme = " ".join((RESULTS.parent / "README.md").read_text().split())
-    cifar10 = " ".join((RESULTS / "cifar10.md").read_text().split())
+    page, readme, cifar10 = (
+        " ".join(file.read_text().split())
+        for file in (RESULTS / "gap.md", RESULTS.parent / "README.md", RESULTS / "cifar10.md")
+    )
     lines = [json.loads(line) for line in (RESULTS / "gap_cifar10.jsonl").read_text().splitlines()]
     found, ranks = {}, {}
     for line in lines:
@@ -209,7 +211,7 @@ def test_accuracies_with_neighbors():
     }
     for name, label in NEIGHBORS.items():
         columns = " | ".join(cells.get((kind, name), "") for kind in ("final", "full"))
-        assert " ".join(f"| {label} | {columns} |".split()) in readme, label
+        assert " ".join(f"| {label} | {columns} |".split()) in page, label
 
     twin, plain, taught, centered, both, twin_taught = (
         {kind: np.mean(found[kind, name]) for kind in ("final", "full")}
@@ -223,18 +225,20 @@ def test_accuracies_with_neighbors():
         )
     )
     behind = {kind: f"{twin[kind] - centered[kind]:.1f}" for kind in twin}
-    assert f"{behind['final']} points behind the twin on the subset without help" in readme
+    assert f"{behind['final']} points behind the twin on the subset without help" in page
+    gap = f"from {twin['final'] - plain['final']:.1f} points behind its twin to {behind['final']}"
+    assert f"{gap}, without any help" in readme
     lost = f"{behind['full']} on all images, where it was {twin['full'] - plain['full']:.1f}"
-    assert lost in readme
+    assert lost in page
     ahead = both["full"] - twin["full"]
-    assert f"{twin['final'] - both['final']:.1f} behind and {ahead:.1f} ahead" in readme
-    assert "by {:.1f} and {:.1f}.".format(*(twin_taught[kind] - both[kind] for kind in twin)) in readme
+    assert f"{twin['final'] - both['final']:.1f} behind and {ahead:.1f} ahead" in page
+    assert "by {:.1f} and {:.1f}.".format(*(twin_taught[kind] - both[kind] for kind in twin)) in page
     worth = np.mean(found["final", "adder-neighbors-multiply-taught"])
     worth -= np.mean(found["final", "adder-neighbors-taught"])
-    assert f"worth {worth:.1f} points to the taught model" in readme
+    assert f"worth {worth:.1f} points to the taught model" in page
     told = [ranks["full", f"{n}"] for n in ("adder-neighbors-multiply-centered", "multiply-neighbors")]
     told = "effective rank {:.1f} against the twin's {:.1f} in the second".format(*told)
-    assert f"{told} column, where it is {ranks['full', 'adder-neighbors-multiply']:.1f} without" in readme
+    assert f"{told} column, where it is {ranks['full', 'adder-neighbors-multiply']:.1f} without" in page
     assert (
         f"({both['full']:.1f} against {twin['full']:.1f} %, one seed; {taught['full']:.1f} without)"
         in cifar10
@@ -256,7 +260,7 @@ def test_accuracies_with_neighbors():
     ):
         ledger = inference_ledger(configured_model(config))
         conv = split_into_parts(ledger)["MLP convolution"].macs
-        assert text.format(100 * conv / (ledger.macs + ledger.adder_elements)) in readme
+        assert text.format(100 * conv / (ledger.macs + ledger.adder_elements)) in page
 
 
 def test_the_table_of_the_h200_is_what_its_runs_wrote():
