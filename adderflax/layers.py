@@ -127,10 +127,11 @@ class AdderConv(nn.Module):
     Attributes:
       features: number of output features.
       kernel_size: height and width of the templates.
-      strides: steps of the window in height and width.
-      padding: "SAME", "SAME_LOWER", "VALID" or ((top, bottom), (left, right)); zeros, which cost -|w|, and
-        nothing where `centered`.
-      dilation: distances between the positions of a template.
+      strides: steps of the window in height and width, or one number for both.
+      padding: "SAME", "SAME_LOWER", "VALID", ((top, bottom), (left, right)), one number a side of the height
+        and of the width, or one for all; zeros, which cost -|w|, and nothing where `centered`.
+      dilation: distances between the positions of a template, likewise; `flax.linen.Conv` calls them
+        kernel_dilation.
       feature_group_count: groups of channels; C makes it depthwise.
       normalization: "layer" normalizes the sums over the features, with scale and bias; "none" returns the
         raw sums, always in float32, as a BatchNorm wants them.
@@ -148,9 +149,9 @@ class AdderConv(nn.Module):
 
     features: int
     kernel_size: Sequence[int]
-    strides: Sequence[int] = (1, 1)
-    padding: str | Sequence[tuple[int, int]] = "SAME"
-    dilation: Sequence[int] = (1, 1)
+    strides: int | Sequence[int] = (1, 1)
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
+    dilation: int | Sequence[int] = (1, 1)
     feature_group_count: int = 1
     normalization: str = "layer"
     dtype: Any = None
@@ -167,9 +168,8 @@ class AdderConv(nn.Module):
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
         """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
         _require_layer(self)
-        for name in ("kernel_size", "strides", "dilation"):
-            require_pair(name, getattr(self, name))
-        require_count("feature_group_count", self.feature_group_count)
+        require_pair("kernel_size", self.kernel_size)
+        geometry = self.geometry()
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
@@ -177,16 +177,31 @@ class AdderConv(nn.Module):
         sums = adder_conv(
             inputs,
             kernel,
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.dilation,
-            feature_group_count=self.feature_group_count,
+            **geometry,
             p=p,
             grad_x=self.grad_x,
             grad_kernel=self.grad_kernel,
             implementation=self.implementation,
         )
         return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
+
+    def geometry(self) -> dict[str, Any]:
+        """The window as `adderflax.adder_conv` takes it.
+
+        Raises:
+          ValueError: a field has a value that is not allowed; the message names it.
+        """
+        require_count("feature_group_count", self.feature_group_count)
+        pairs = {name: getattr(self, name) for name in ("strides", "dilation")}
+        pairs = {name: (value, value) if is_count(value) else value for name, value in pairs.items()}
+        for name, value in pairs.items():
+            require_pair(name, value)
+        padding = self.padding
+        if isinstance(padding, numbers.Integral):
+            padding = (padding, padding)
+        if not isinstance(padding, str) and all(isinstance(side, numbers.Integral) for side in padding):
+            padding = tuple((side, side) for side in padding)
+        return pairs | {"padding": padding, "feature_group_count": self.feature_group_count}
 
 
 def _require_layer(layer: AdderDense | AdderConv) -> None:

@@ -194,11 +194,28 @@ def test_features_are_at_least_one(layer, features):
 
 
 @pytest.mark.parametrize("name", ["kernel_size", "strides", "dilation"])
-@pytest.mark.parametrize("value", [3, (3,), (3, 0), (3.0, 3), (True, 3), "33"], ids=repr)
+@pytest.mark.parametrize("value", [0, (3,), (3, 0), (3.0, 3), (True, 3), "33"], ids=repr)
 def test_the_window_of_a_convolution_is_given_in_pairs(name, value):
     layer = AdderConv(**{"features": 8, "kernel_size": (3, 3)} | {name: value})
     with pytest.raises(ValueError, match=rf"^{name}=.* must be a pair of whole numbers.*, as \(3, 3\)\."):
         layer.init(jax.random.key(0), tokens((1, 4, 4, 8)))
+
+
+@pytest.mark.parametrize(
+    ("short", "pairs"),
+    [
+        ({"strides": 2}, {"strides": (2, 2)}),
+        ({"dilation": 2}, {"dilation": (2, 2)}),
+        ({"padding": 1}, {"padding": ((1, 1), (1, 1))}),
+        ({"padding": (2, 0)}, {"padding": ((2, 2), (0, 0))}),
+    ],
+    ids=str,
+)
+def test_one_number_stands_for_two(short, pairs):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    layers = [AdderConv(4, (3, 3), **fields) for fields in (short, pairs)]
+    variables = layers[0].init(jax.random.key(1), x)
+    np.testing.assert_array_equal(*(layer.apply(variables, x) for layer in layers))
 
 
 def test_a_wrong_rule_is_told_by_the_layers_name_for_it():

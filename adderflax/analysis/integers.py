@@ -34,7 +34,6 @@ from adderflax.operators._integer import EXACT
 
 BITS = tuple(range(2, 9))
 _TEMPLATES = "adder_kernel"
-_GEOMETRY = ("strides", "padding", "dilation", "feature_group_count")
 # Grids that are tried: the finest that cuts nothing off, and this many finer ones.
 _FINER = 4
 _MOST_TERMS = EXACT // 255  # as `adderflax.adder_matmul` sums int8
@@ -306,10 +305,10 @@ def _layer_operation(
     terms, shared = math.prod(kernel.shape[:-1]), {"centered": layer.centered, "clipped": clipped}
     if isinstance(layer, AdderDense):
         return IntegerOperation("dense", exponent, terms, **shared)
-    geometry = {name: getattr(layer, name) for name in _GEOMETRY}
+    geometry = layer.geometry()
     if isinstance(layer.padding, str):
-        reach = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, layer.dilation)]
-        pads = jax.lax.padtype_to_pads(inputs.shape[1:3], reach, layer.strides, layer.padding)
+        reach = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, geometry["dilation"])]
+        pads = jax.lax.padtype_to_pads(inputs.shape[1:3], reach, geometry["strides"], layer.padding)
         geometry["padding"] = tuple(pads)
     return IntegerOperation("convolution", exponent, terms, geometry=geometry, **shared)
 
@@ -365,7 +364,7 @@ def _sums(layer: nn.Module, inputs: jax.Array, templates: jax.Array) -> jax.Arra
     """The integer sums of an adder layer, int32."""
     if isinstance(layer, AdderDense):
         return adder_matmul(inputs.reshape(-1, inputs.shape[-1]), templates).reshape(*inputs.shape[:-1], -1)
-    return adder_conv(inputs, templates, **{name: getattr(layer, name) for name in _GEOMETRY})
+    return adder_conv(inputs, templates, **layer.geometry())
 
 
 def _adds(context: nn.module.InterceptorContext) -> bool:
