@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import numbers
+from typing import Any, Self
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +25,7 @@ from adderflax.layers import (
     require_normalization,
 )
 from adderflax.operators import adder_attention, available_implementations
+from adderflax.operators.attention import default_attention_scale
 from adderflax.operators.rules import canonical_rule
 
 SIMILARITIES = ("l1", "dot")
@@ -133,18 +136,39 @@ class EncoderConfig:
             )
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
-        if not 0.0 < self.layer_norm_epsilon < math.inf:
-            raise ValueError(f"layer_norm_epsilon={self.layer_norm_epsilon} must be greater than 0.")
+        if not (_is_finite(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
+            raise ValueError(
+                f"layer_norm_epsilon={self.layer_norm_epsilon!r} must be a number greater than 0."
+            )
+        if self.attention_scale is not None and not _is_finite(self.attention_scale):
+            raise ValueError(
+                f"attention_scale={self.attention_scale!r} must be a number, or None for its default."
+            )
         for name in ("grad_inputs", "grad_kernel", "grad_query", "grad_key"):
             canonical_rule(getattr(self, name), name)
             if isinstance(getattr(self, name), list):  # of a file; a description is hashable
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         require_choice("implementation", self.implementation, (None, *available_implementations()))
 
+    def resolved(self) -> Self:
+        """The same description with what its unset fields stand for: no None but where nothing is meant."""
+        unset = {"mlp_dim": 4 * self.embed_dim}
+        unset["attention_scale"] = default_attention_scale(self.similarity, self.embed_dim // self.num_heads)
+        if self.mlp_kernel_size is not None:
+            unset["mlp_convolution"] = self.linear
+        given = {name: getattr(self, name) for name in unset}
+        return dataclasses.replace(
+            self, **{name: unset[name] if value is None else value for name, value in given.items()}
+        )
+
     @property
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as a NumPy dtype."""
         return jnp.dtype(self.dtype)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def dense(
@@ -231,8 +255,9 @@ def convolution(
     )
 
 
-def _require_tokens(config: EncoderConfig, x: Array, module: str, layout: str = "[B, T, embed_dim]") -> None:
-    if x.shape[-1:] != (config.embed_dim,) or (layout.startswith("[B") and x.ndim != 3):
+def _require_tokens(config: EncoderConfig, x: Array, module: str, *, batched: bool = True) -> None:
+    if x.shape[-1:] != (config.embed_dim,) or (batched and x.ndim != 3):
+        layout = "[B, T, embed_dim]" if batched else "[..., embed_dim]"
         raise ValueError(
             f"{module} takes tokens {layout} with embed_dim={config.embed_dim}, but got shape {x.shape}."
         )
@@ -308,8 +333,8 @@ class AdderMlp(nn.Module):
             [B, side * side, embed_dim].
         """
         config = self.config
-        _require_tokens(config, x_BxTxD, "AdderMlp", "[..., embed_dim]")
-        hidden = 4 * config.embed_dim if config.mlp_dim is None else config.mlp_dim
+        _require_tokens(config, x_BxTxD, "AdderMlp", batched=False)
+        hidden = config.resolved().mlp_dim
         x = dense(config, config.linear, hidden, "fc1")(x_BxTxD, p)
         if config.mlp_kernel_size is not None:
             x = x + self._neighbors(x, p)
@@ -318,14 +343,14 @@ class AdderMlp(nn.Module):
     def _neighbors(self, x_BxTxF: Array, p: Exponent) -> Array:
         config, shape = self.config, x_BxTxF.shape
         side = math.isqrt(shape[1]) if len(shape) == 3 else 0
-        if side * side != shape[1]:
+        if len(shape) != 3 or side * side != shape[1]:
             raise ValueError(
                 f"mlp_kernel_size={config.mlp_kernel_size} needs tokens of a square image, [B, side * side,"
                 f" embed_dim], but the MLP sees {shape[:-1]} of them. Leave the class token out"
                 " (pooling='mean'), or set mlp_kernel_size=None."
             )
         image = x_BxTxF.reshape(shape[0], side, side, shape[2])
-        arithmetic = config.mlp_convolution or config.linear
+        arithmetic = config.resolved().mlp_convolution
         size, groups = config.mlp_kernel_size, {"feature_group_count": shape[2]}
         layer = convolution(config, arithmetic, shape[2], size, "conv", **groups)
         return layer(image, p).reshape(shape)

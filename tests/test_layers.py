@@ -384,6 +384,16 @@ def test_groups_are_counted():
             AdderConv(4, (3, 3), feature_group_count=groups).init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
 
 
+def test_what_unset_fields_stand_for():
+    found = EncoderConfig(embed_dim=24, num_heads=3, mlp_kernel_size=3, linear="multiply").resolved()
+    assert (found.mlp_dim, found.mlp_convolution) == (96, "multiply")
+    assert found.attention_scale == pytest.approx(1 / np.sqrt(2 * 8 * (1 - 2 / np.pi)))
+    assert EncoderConfig(similarity="dot", embed_dim=32, num_heads=2).resolved().attention_scale == 0.25
+    given = EncoderConfig(mlp_dim=5, attention_scale=0.5, mlp_kernel_size=3, mlp_convolution="multiply")
+    assert given.resolved() == given
+    assert EncoderConfig().resolved().mlp_convolution is None
+
+
 def test_a_description_with_a_rule_of_a_file_is_hashable():
     config = EncoderConfig(grad_inputs=["hardtanh", 4.0])
     assert hash(config) == hash(EncoderConfig(grad_inputs=("hardtanh", 4.0)))
@@ -441,7 +451,7 @@ def test_a_convolution_is_what_the_configuration_describes(arithmetic):
     assert {name: getattr(layer, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8), (9, 8)])
+@pytest.mark.parametrize("shape", [(2, 5, 8), (9, 8), (8,)])
 def test_mlp_convolution_needs_a_square_image(shape):
     module = AdderMlp(dataclasses.replace(SMALL, mlp_kernel_size=3))
     with pytest.raises(ValueError, match="mlp_kernel_size=3 needs tokens of a square image"):
@@ -519,7 +529,10 @@ def test_stochastic_depth_drops_whole_branches_and_rescales():
         ({"mlp_dim": 0}, "mlp_dim=0 must be a whole number, at least 1, or None"),
         ({"embed_dim": 8.0}, "embed_dim=8.0 must be a whole number, at least 1"),
         ({"num_heads": True}, "num_heads=True must be a whole number"),
-        ({"layer_norm_epsilon": -1e-6}, "layer_norm_epsilon=-1e-06 must be greater than 0"),
+        ({"layer_norm_epsilon": -1e-6}, "layer_norm_epsilon=-1e-06 must be a number greater than 0"),
+        ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon=inf must be a number"),
+        ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon='x' must be a number"),
+        ({"attention_scale": "x"}, "attention_scale='x' must be a number, or None"),
         ({"mlp_kernel_size": 2}, "mlp_kernel_size=2 must be an odd whole number"),
         ({"mlp_kernel_size": True}, "mlp_kernel_size=True must be an odd whole number"),
         ({"mlp_kernel_size": 3.0}, "mlp_kernel_size=3.0 must be an odd whole number, as 3 or 5, or None"),

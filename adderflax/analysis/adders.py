@@ -15,8 +15,6 @@ import math
 from collections import Counter
 from typing import Any
 
-import jax.numpy as jnp
-
 from adderflax.analysis.loops import opened
 from adderflax.analysis.primitives import ADDER, Cost, size
 
@@ -48,7 +46,8 @@ def recognize(eqn: Any) -> Cost | None:
         return None
     elements = size(result) * terms
     unit = _GRADIENT_TERM if gradient else _TERM
-    types = {"operands": str(jnp.promote_types(x.dtype, w.dtype)), "result": str(result.dtype)}
+    wider = max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
+    types = {"operands": str(wider), "result": str(result.dtype)}
     counts = Counter()
     for where, operations in unit.items():
         counts.update({(name, types[where]): number * elements for name, number in operations})

@@ -181,19 +181,19 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
 def _beside_adders(model: Ledger, twin: Ledger) -> Ledger:
     """The twin's ledger, its products marked that stand where the model has adder operators.
 
-    They are the same in number and order within each module.
+    Within a module they stand in the same order; one that has another number of them is left alone.
     """
-    kinds: dict[str, list[str]] = {}
-    for entry in model.entries:
-        if entry.kind in (PRODUCT, ADDER):
-            kinds.setdefault(entry.path, []).append(entry.kind)
-    remaining = {path: iter(found) for path, found in kinds.items()}
-    marked = []
-    for entry in twin.entries:
-        if entry.kind == PRODUCT and next(remaining.get(entry.path, iter(())), None) == ADDER:
-            entry = dataclasses.replace(entry, beside_adder=True)
-        marked.append(entry)
-    return dataclasses.replace(twin, entries=tuple(marked))
+    ours, theirs = ({}, {})
+    for ledger, found in ((model, ours), (twin, theirs)):
+        for index, entry in enumerate(ledger.entries):
+            if entry.kind in (PRODUCT, ADDER):
+                found.setdefault(entry.path, []).append(index)
+    entries = list(twin.entries)
+    for path, indices in theirs.items():
+        for own, index in zip(ours[path], indices) if len(ours.get(path, ())) == len(indices) else ():
+            beside = entries[index].kind == PRODUCT and model.entries[own].kind == ADDER
+            entries[index] = dataclasses.replace(entries[index], beside_adder=beside)
+    return dataclasses.replace(twin, entries=tuple(entries))
 
 
 def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:

@@ -32,7 +32,6 @@ from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
 from adderflax.encoder import EncoderConfig
 from adderflax.models.families import build_model
-from adderflax.operators.attention import default_attention_scale
 from adderflax.training.config import RunConfig
 from adderflax.training.restore import config_here, data_from, load_model, unflatten_variables
 from adderflax.training.workdir import INTEGERS, WorkdirError, read_config, read_info
@@ -237,16 +236,7 @@ def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
 
 def _resolved(config: Any) -> dict[str, Any]:
     """A model's description with what its unset fields stand for."""
-    fields = dataclasses.asdict(config)
-    if isinstance(config, EncoderConfig):
-        if config.mlp_dim is None:
-            fields["mlp_dim"] = 4 * config.embed_dim
-        if config.attention_scale is None:
-            depth = config.embed_dim // config.num_heads
-            fields["attention_scale"] = default_attention_scale(config.similarity, depth)
-        if config.mlp_kernel_size is not None and config.mlp_convolution is None:
-            fields["mlp_convolution"] = config.linear
-    return fields
+    return dataclasses.asdict(config.resolved() if isinstance(config, EncoderConfig) else config)
 
 
 def _arrays(integers: IntegerModel) -> dict[str, np.ndarray]:

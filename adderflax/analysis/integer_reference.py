@@ -220,7 +220,7 @@ class _Transformer:
         power = self._export.arrays.get(f"params/{name}/power")
         if power is None:
             return x
-        # sign(x) |x|^exp(power), a line through 0 below 1e-3.
+        # sign(x) |x|^exp(power), but for a line through 0 where |x| is below 1e-3.
         magnitude = np.maximum(np.abs(x), np.float32(1e-3))
         return x * np.exp(np.expm1(power) * np.log(magnitude))
 

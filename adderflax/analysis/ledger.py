@@ -15,9 +15,9 @@ traced, without the parts of it whose results nobody uses:
 * `shard_map` counts the work of all its devices;
 * adder operators count by their definition, two additions (x - w, and the sum) and one absolute
   value for each |x - w|, whichever implementation would run: see `adders.py`;
-* what is computed from constant arguments alone, such as a sum over trained templates, or from no argument,
-  such as an identity matrix, is computed once and stored, not for every image, and does not count
-  (`constant_argnums`);
+* what is computed from constant arguments alone (`constant_argnums`), such as a sum over trained templates,
+  or from indices alone, such as an identity matrix, is computed once and stored, not for every image, and
+  does not count;
 * a primitive that `primitives.py` does not know is listed in `Ledger.unknown`, never taken for
   free.
 
@@ -237,7 +237,8 @@ class _Walk:
             inner = frame._replace(path=path, known=(), live=None, constant=())
             name = eqn.primitive.name
             operands = [variable for variable in eqn.invars if not is_literal(variable)]
-            never_changes = not eqn.effects and constant.issuperset(operands)
+            from_constants = bool(operands) and constant.issuperset(operands)
+            never_changes = not eqn.effects and (from_constants or name == "iota")
             if never_changes:
                 constant.update(eqn.outvars)
             if name in VIEWS:
@@ -332,7 +333,7 @@ def _live_equations(jaxpr: Any, live: tuple[bool, ...] | None) -> list[tuple[Any
 
 
 def _constant(operands: Iterable[Any], constant: set) -> tuple[bool, ...]:
-    return tuple(is_literal(variable) or variable in constant for variable in operands)
+    return tuple(not is_literal(variable) and variable in constant for variable in operands)
 
 
 def _body(eqn: Any) -> Any:

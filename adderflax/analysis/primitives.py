@@ -198,8 +198,8 @@ def _multiply_accumulate(elements: int, factor_dtype: Any, sum_dtype: Any) -> Co
 
     Matrix units add up half-precision products in float32, and round the result afterwards.
     """
-    if jnp.issubdtype(sum_dtype, jnp.floating):
-        sum_dtype = jnp.promote_types(sum_dtype, jnp.float32)
+    if jnp.issubdtype(sum_dtype, jnp.floating) and sum_dtype.itemsize < 4:
+        sum_dtype = "float32"
     operations = {("multiply", str(factor_dtype)): elements, ("add", str(sum_dtype)): elements}
     return Cost(PRODUCT, operations, elements, str(sum_dtype))
 

@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prepares the set that the command line names; stdout gets what is where, or the reason of a failure."""
     parser = argparse.ArgumentParser(
         prog="python -m adderflax.data.prepare",
+        allow_abbrev=False,
         description="Download and prepare a tensorflow-datasets image set for training.",
     )
     parser.add_argument("name", help="such as cifar10 or imagenette/160px-v2")

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.layers import ARITHMETICS, DTYPES, AdderConv, Exponent, GradientRule, require_choice
+from adderflax.layers import (
+    ARITHMETICS,
+    DTYPES,
+    AdderConv,
+    Exponent,
+    GradientRule,
+    require_choice,
+    require_count,
+)
 from adderflax.operators import available_implementations
 from adderflax.operators.rules import canonical_rule
 
@@ -61,15 +69,16 @@ class AdderResNetConfig:
         for name in ("convolution", "shortcut"):
             require_choice(name, getattr(self, name), ARITHMETICS)
         require_choice("dtype", self.dtype, DTYPES)
-        for name in ("channels", "num_classes", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.image_size < 4 or self.image_size % 4:
+        for name in ("channels", "num_classes", "blocks", "image_size"):
+            require_count(name, getattr(self, name))
+        if self.image_size % 4:
             raise ValueError(f"image_size={self.image_size} must be a multiple of 4: two stages halve it.")
         if not 0.0 <= self.batch_norm_momentum < 1.0:
             raise ValueError(f"batch_norm_momentum={self.batch_norm_momentum} must lie in [0, 1).")
         for name in ("grad_inputs", "grad_kernel"):
             canonical_rule(getattr(self, name), name)
+            if isinstance(getattr(self, name), list):  # of a file; a description is hashable
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         require_choice("implementation", self.implementation, (None, *available_implementations()))
 
     @classmethod

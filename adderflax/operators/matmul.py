@@ -66,9 +66,10 @@ def adder_matmul(
     p |d|^(p - 1) sign(d), whose end is sign(d). The blend is this project's choice. p itself gets
     no gradient.
 
-    Derivatives of the gradients, as in a gradient penalty or a Hessian-vector product, are those of these
-    formulas, by XLA's operations on every platform. They need reverse mode first, `jax.grad` inside
-    `jax.jvp` or `jax.grad`: a surrogate gradient has no forward mode, and `jax.jvp` of the operator raises.
+    Derivatives of the gradients, as in a gradient penalty, are those of these formulas, by XLA's
+    operations on every platform; their Jacobian is not symmetric, as a Hessian is. They need reverse
+    mode first, `jax.grad` inside `jax.jvp` or `jax.grad`: a surrogate gradient has no forward mode, and
+    `jax.jvp` of the operator raises.
 
     Integers, as hardware has them, are summed exactly, by the same kernels, and have no gradient.
     implementation="gpu" sums int8, or uint8, by kernels of its own, four terms an instruction; they have been

@@ -20,7 +20,7 @@ EXIT_CODE = 75
 _AGREE_EVERY = 8
 # Seconds within which the same signal again is the first one: `timeout` sends it to the process, then to its
 # group, of which the process is one.
-_SAME_WITHIN = 1.0
+_SAME_WITHIN = 0.2
 
 
 class Preempted(SystemExit):
@@ -36,7 +36,7 @@ class Preempted(SystemExit):
 class StopSignals:
     """Takes SIGTERM and SIGINT while it is entered: the first is remembered, a second one exits at once.
 
-    The same one again within a second is no second one. At once means with 128 plus the signal's number,
+    The same one again at once is no second one. At once means with 128 plus the signal's number,
     even while the main thread is inside a compiler or waits for a device. Processes started meanwhile have
     both signals blocked: a Ctrl-C reaches the terminal's whole process group, and without data workers the
     update at hand could not be finished. Entered outside the main thread, which alone may set handlers, it
@@ -114,14 +114,16 @@ class StopSignals:
         first = 0.0
         with open(incoming, "rb", buffering=0) as stream:
             while number := ord(stream.read(1)):
-                repeated = number == self._received and time.monotonic() < first + _SAME_WITHIN
-                if number not in SIGNALS or repeated:
+                if number not in SIGNALS:
+                    continue
+                now = time.monotonic()
+                if number == self._received and now < first + _SAME_WITHIN:
                     continue
                 if self._received:
                     for worker in multiprocessing.active_children():
                         worker.kill()
                     os._exit(128 + number)
-                self._received, first = number, time.monotonic()
+                self._received, first = number, now
                 name = signal.Signals(number).name
                 _say(f"\n{name}: finishing this step and saving; a second signal exits at once\n")
 

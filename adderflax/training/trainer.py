@@ -161,7 +161,8 @@ class Trainer:
         )
         count = math.ceil(len(self.dataset.part(part)) / batch_size)
         sums = []
-        for batch in progress_bar(batches, total=count, unit="batch", disable=not progress):
+        silent = not progress or jax.process_index() > 0
+        for batch in progress_bar(batches, total=count, unit="batch", disable=silent):
             sums.append(self.eval_step(variables, sharding.put_batch(batch, self.mesh)))
             # Loads the next batch while this one is computed, but never queues more than two on a device.
             jax.block_until_ready(sums[-2:-1])

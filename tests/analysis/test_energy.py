@@ -16,6 +16,8 @@ from adderflax.analysis import EnergyTable, NumberFormat, count_operations, ener
 from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
 from adderflax.analysis.energy_report import compare, split_into_parts
 from adderflax.analysis.energy_tables import SOFTWARE, TABLES
+from adderflax.analysis.ledger import Ledger
+from adderflax.models.vit import PRESETS
 from adderflax.operators import available_implementations
 from adderflax.training.config import ConfigError, default_config
 
@@ -185,6 +187,7 @@ def test_half_precision_sums_in_fp32_in_adders_and_products_alike():
     product, adder = (count_operations(function, *half) for function in (jnp.dot, adder_matmul))
     assert energy(product, "paper", "traced").total == pytest.approx((1.1 + 0.9) * 1e-6)
     assert energy(adder, "paper", "traced").total == pytest.approx((0.4 + 0.9) * 1e-6)
+    assert energy(adder, "paper", "int8_int32").total == pytest.approx((0.03 + 0.1) * 1e-6)
 
 
 def test_the_table_of_what_is_exported():
@@ -198,6 +201,19 @@ def test_the_table_of_what_is_exported():
     assert report.twin.macs == terms + products  # what adds in the model multiplies in the twin
     assert ours == pytest.approx((0.13 * terms + 4.6 * products) * 1e-9)
     assert twin == pytest.approx((0.3 * terms + 4.6 * products) * 1e-9)
+    # Beside a model that adds in the similarity only, as the twin does too, nothing is priced as int8.
+    mixed = digits_model(**PRESETS["multiply"] | {"similarity": "l1"})
+    report = compare(inference_ledger(digits_model()), inference_ledger(mixed), TABLES["exported"], "none")
+    (scores,) = (part for part in report.parts if part.name == "A V")
+    assert scores.twin["paper"].total == scores.model["paper"].total > 0
+
+
+def test_the_json_says_what_it_was_computed_with_and_what_it_lacks():
+    ledger = count_operations(lambda x: jnp.linalg.cholesky(x), array(4, 4))
+    found = compare(ledger, Ledger(()), TABLES["fp16"], "dram").as_json("full")
+    assert (found["table"], found["memory"]) == ("fp16", "dram")
+    assert found["counts"]["model"]["not_counted"] == [{"primitive": "cholesky", "path": "", "calls": 1}]
+    assert found["counts"]["twin"]["not_counted"] == []
 
 
 def test_full_prices_everything_else_and_memory():

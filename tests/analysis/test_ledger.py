@@ -1,5 +1,7 @@
 """The operation ledger against counts by hand."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -275,9 +277,40 @@ def test_movement_costs_bytes_and_no_arithmetic():
     assert ledger.bytes_read == ledger.bytes_written == 4 * (3 * 16 + 32 + 2 * 13)
 
 
-def test_what_follows_from_no_argument_does_not_count():
-    ledger = count_operations(lambda x: x + jnp.eye(4) * jnp.arange(4.0)[:, None].repeat(4, 1), array(4, 4))
+def test_what_follows_from_indices_does_not_count():
+    ledger = count_operations(lambda x: x + 2.0 * jnp.eye(4), array(4, 4))
     assert ledger.operations == {"add": 16} and not ledger.unknown
+
+
+def test_what_has_no_argument_counts():
+    ledger = count_operations(lambda: jnp.ones((10, 20)) @ jnp.ones((20, 30)))
+    assert ledger.macs == 6000
+    ledger = count_operations(lambda x: x + lax.rng_uniform(0.0, 1.0, shape=(4,)), array(4))
+    assert [found.primitive for found in ledger.unknown] == ["rng_uniform"]
+    ledger = count_operations(lambda x: x + jax.random.normal(jax.random.key(0), (4,)), array(4))
+    assert "random_bits" in {found.primitive for found in ledger.unknown}
+
+
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_narrow_operands_of_any_kind_are_counted(promotion):
+    half, eighth = array(3, 3, dtype=jnp.bfloat16), array(3, 3, dtype=jnp.float8_e4m3fn)
+    with jax.numpy_dtype_promotion(promotion):
+        (product,) = count_operations(jnp.dot, eighth, eighth).entries
+        assert product.operations == {("multiply", "float8_e4m3fn"): 27, ("add", "float32"): 27}
+        for operands, difference in (((half, half), "bfloat16"), ((half, array(3, 3)), "float32")):
+            (entry,) = count_operations(adder_matmul, *operands).entries
+            expected = Counter({("add", difference): 27, ("absolute", difference): 27})
+            expected["add", "float32"] += 27
+            assert entry.operations == expected and entry.sums == "float32"
+        options = {"grad_x": "sign", "grad_y": "sign"}
+        ledger = count_operations(jax.grad(lambda x, y: adder_matmul(x, y, **options).sum()), half, half)
+        (entry,) = (entry for entry in ledger.entries if entry.operator.endswith("gradient_x"))
+        assert entry.operations == {
+            ("add", "bfloat16"): 27,
+            ("compare", "bfloat16"): 54,
+            ("multiply", "float32"): 27,
+            ("add", "float32"): 27,
+        }
 
 
 def test_bytes_of_a_product_and_of_a_broadcast():

@@ -210,7 +210,7 @@ def test_parameters_and_variants():
     [
         ({"image_size": 30}, "image_size=30 must be a multiple of 4"),
         ({"shortcut": "none"}, "shortcut='none' is not known; choose one of 'adder', 'multiply'"),
-        ({"blocks": 0}, "blocks=0 must be at least 1"),
+        ({"blocks": 0}, "blocks=0 must be a whole number, at least 1"),
         ({"batch_norm_momentum": 1.0}, "batch_norm_momentum=1.0 must lie in"),
         ({"depth": 3}, "Unknown model field depth"),
     ],

@@ -115,13 +115,17 @@ def test_fields_are_unset(root):
             "--config.total_steps=3",
             "--config.total_steps=None",
             "--config.optimizer.adder_multiplier=None",
-            "--config.optimizer.adder_multiplier=2",
+            "-config.optimizer.adder_multiplier=2",
+            "--config.data.cache=None",
+            "--noconfig.data.cache",
+            "-config.model.depth=None",
             "--config.seed=4",
         ],
     )
     assert warm.distillation.teacher is warm.model.mlp_kernel_size is warm.data.train_examples is None
     assert warm.total_steps is None
     assert (warm.optimizer.adder_multiplier, warm.seed) == (2.0, 4)
+    assert warm.data.cache is False and warm.model.depth is None
     assert warm.warm_start.source == load_config(f"{file}:warm").warm_start.source is not None
     for field in ("epochs", "data", "data.name", "model.arithmetic"):
         told = f"--config.{field}=None: this field cannot be unset. Give it a value."

@@ -273,6 +273,37 @@ def _hold(workdir, ready):
         time.sleep(600)
 
 
+@pytest.mark.parametrize(
+    ("signals", "exits"),
+    [
+        ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 0.1)], None),
+        ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 0.3)], 128 + signal.SIGTERM),
+        ([(signal.SIGTERM, 0.0), (signal.SIGINT, 0.1)], 128 + signal.SIGINT),
+        ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 0.1), (signal.SIGTERM, 0.3)], 128 + signal.SIGTERM),
+    ],
+    ids=["at once", "later", "another", "both"],
+)
+def test_which_signal_is_a_second_one(monkeypatch, signals, exits):
+    class Exited(Exception):
+        pass
+
+    def leave(code):
+        raise Exited(code)
+
+    times = iter(time for _, time in signals)
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(preemption.os, "_exit", leave)
+    reading, writing = os.pipe()
+    os.write(writing, bytes([number for number, _ in signals] + [0]))
+    os.close(writing)
+    stop, found = preemption.StopSignals(), None
+    try:
+        stop._watch(reading)
+    except Exited as exited:
+        (found,) = exited.args
+    assert found == exits and stop._received == signal.SIGTERM
+
+
 def test_a_second_writer_is_refused_and_the_lock_dies_with_the_first(tmp_path, undisturbed):
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     ready = PROCESSES.Queue()

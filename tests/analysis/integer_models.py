@@ -1,0 +1,50 @@
+"""Models that the tests of integers share."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from adderflax import AdderConv, AdderDense, VisionTransformer, VisionTransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    dtype: str = "float32"
+
+
+class RawSums(nn.Module):
+    """An adder layer whose sums are the result."""
+
+    layer: nn.Module
+    config: Description = Description()
+
+    def __call__(self, images):
+        return self.layer(images)
+
+
+def layers(centered):
+    shared = {"normalization": "none", "centered": centered}
+    yield RawSums(AdderDense(9, **shared))
+    geometry = {"strides": (2, 1), "padding": ((1, 0), (2, 1)), "dilation": (1, 2)}
+    yield RawSums(AdderConv(6, (3, 2), feature_group_count=3, **geometry, **shared))
+
+
+def model_of(**fields):
+    config = VisionTransformerConfig.from_variant("digits", **({"arithmetic": "adder"} | fields))
+    images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
+    model = VisionTransformer(config)
+    return model, jax.jit(model.init)(jax.random.key(1), images), images
+
+
+SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24, "centered": True, "pooling": "mean"}
+
+
+def expected_integers(values, exponent, bits):
+    scaled = np.round(np.asarray(values, np.float64) / 2.0**exponent)
+    return np.clip(scaled, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int64)
+
+
+def dense_sums(x, w):
+    return -np.abs(x[..., :, None].astype(np.int64) - w.astype(np.int64)).sum(-2)
