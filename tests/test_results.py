@@ -305,11 +305,17 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
     assert new["devices"] == old["devices"] == ["NVIDIA H200"]
     cells = row("CIFAR-10 in full, 3.9 M parameters, 50 epochs on an H200, seed 0")
     assert cells[1].startswith(f"{new['test_accuracy']:.4f};") and new["config"]["epochs"] == 50
-    warm, longer, mixed = (read(f"warm{name}") for name in ("", "_longer", "_mixed"))
-    for run in (warm, longer, mixed):
+    warm, longer, mixed, helped = (read(f"warm{name}") for name in ("", "_longer", "_mixed", "_twin"))
+    for run in (warm, longer, mixed, helped):
         assert run["test_examples"] == 10_000 and f"| {run['test_accuracy']:.4f} |" in page
-    seconds = [f"{run['seconds']:,.0f}" for run in (warm, longer, mixed)]
-    assert "They took {}, {} and {} s".format(*seconds) in page
+    seconds = [f"{run['seconds']:,.0f}" for run in (warm, longer, mixed, helped)]
+    assert "They took {}, {}, {} and {} s".format(*seconds) in page
+    assert cells[1] == f"{new['test_accuracy']:.4f}; {helped['test_accuracy']:.4f} with the same help"
+    assert helped["config"]["model"] == warm["config"]["model"] | {"arithmetic": "multiply"}
+    assert {**helped["config"], "model": 0} == {**warm["config"], "model": 0}
+    behind_it = 100 * (helped["test_accuracy"] - warm["test_accuracy"])
+    assert f"ends at {helped['test_accuracy']}, where" in page
+    assert f"so the adder model, {behind_it:.1f} points behind, is within a point of it at equal help" in page
     ahead = round(10_000 * (mixed["test_accuracy"] - warm["test_accuracy"]))
     assert f"{ahead} of 10,000 images ahead of the first" in page and mixed["test_accuracy"] == 0.8999
     assert cells[0].startswith(f"{warm['test_accuracy']:.4f} from the twin's weights, 2 epochs")
@@ -317,7 +323,8 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
     assert f"is {behind:.1f} points behind it, at {100 * warm['test_accuracy']:.1f} %" in page
     assert f"{90 - 100 * warm['test_accuracy']:.2f} points short of 90 %" in page
     assert f"reached {100 * warm['test_accuracy']:.1f} % in those two epochs" in readme
-    assert f"cores, {behind:.1f} points behind" in readme
+    assert f"cores, {behind:.1f} points behind, and as far behind a twin that had the same" in readme
+    assert f"{behind_it:.1f}" == f"{behind:.1f}"
     assert f"in {warm['seconds'] / 60:.0f} minutes: {100 * warm['test_accuracy']:.1f} %" in config
     cells = row("CIFAR-10 in full, 3.8 M parameters, no neighbors, 60 epochs on an H200, seed 0")
     told = [re.search(r"0\.\d{4}", cell).group() for cell in cells[:2]]
@@ -355,13 +362,14 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
 def test_the_table_of_the_warm_runs_is_what_they_wrote():
     lines = (RESULTS / "cifar10.md").read_text().splitlines()
     found = {}
-    for run, ordinal in (("warm", "first"), ("warm_longer", "second"), ("warm_mixed", "third")):
+    runs = (("warm", "first"), ("warm_longer", "second"), ("warm_mixed", "third"), ("warm_twin", "twin's"))
+    for run, ordinal in runs:
         row_of_run = f"| {ordinal} run, v"
         told = next(line for line in lines if line.startswith(row_of_run)).split("|")[2:-1]
         written = map(json.loads, (RESULTS / "cifar10" / run / "metrics.jsonl").read_text().splitlines())
         found[run] = [f"{x['validation_accuracy']:.3f}" for x in written if "validation_accuracy" in x]
         assert [cell.strip() for cell in told if cell.strip()] == found[run]
-    assert [len(accuracies) for accuracies in found.values()] == [6, 4, 6]
+    assert [len(accuracies) for accuracies in found.values()] == [6, 4, 6, 6]
 
 
 def test_the_table_of_widths_is_that_of_its_lines():
