@@ -169,7 +169,7 @@ class AdderConv(nn.Module):
         """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
         _require_layer(self)
         require_pair("kernel_size", self.kernel_size)
-        geometry = self.geometry()
+        window = geometry(self)
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
@@ -177,7 +177,7 @@ class AdderConv(nn.Module):
         sums = adder_conv(
             inputs,
             kernel,
-            **geometry,
+            **window,
             p=p,
             grad_x=self.grad_x,
             grad_kernel=self.grad_kernel,
@@ -185,23 +185,24 @@ class AdderConv(nn.Module):
         )
         return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
 
-    def geometry(self) -> dict[str, Any]:
-        """The window as `adderflax.adder_conv` takes it.
 
-        Raises:
-          ValueError: a field has a value that is not allowed; the message names it.
-        """
-        require_count("feature_group_count", self.feature_group_count)
-        pairs = {name: getattr(self, name) for name in ("strides", "dilation")}
-        pairs = {name: (value, value) if is_count(value) else value for name, value in pairs.items()}
-        for name, value in pairs.items():
-            require_pair(name, value)
-        padding = self.padding
-        if isinstance(padding, numbers.Integral):
-            padding = (padding, padding)
-        if not isinstance(padding, str) and all(isinstance(side, numbers.Integral) for side in padding):
-            padding = tuple((side, side) for side in padding)
-        return pairs | {"padding": padding, "feature_group_count": self.feature_group_count}
+def geometry(layer: AdderConv) -> dict[str, Any]:
+    """The window of a convolution as `adderflax.adder_conv` takes it.
+
+    Raises:
+      ValueError: a field has a value that is not allowed; the message names it.
+    """
+    require_count("feature_group_count", layer.feature_group_count)
+    pairs = {name: getattr(layer, name) for name in ("strides", "dilation")}
+    pairs = {name: (value, value) if is_count(value) else value for name, value in pairs.items()}
+    for name, value in pairs.items():
+        require_pair(name, value)
+    padding = layer.padding
+    if isinstance(padding, numbers.Integral):
+        padding = (padding, padding)
+    if not isinstance(padding, str) and all(isinstance(side, numbers.Integral) for side in padding):
+        padding = tuple((side, side) for side in padding)
+    return pairs | {"padding": padding, "feature_group_count": layer.feature_group_count}
 
 
 def _require_layer(layer: AdderDense | AdderConv) -> None:

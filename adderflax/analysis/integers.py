@@ -28,7 +28,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from adderflax.encoder import AdderSelfAttention
-from adderflax.layers import AdderConv, AdderDense
+from adderflax.layers import AdderConv, AdderDense, geometry
 from adderflax.operators import adder_conv, adder_matmul
 from adderflax.operators._integer import EXACT
 
@@ -305,12 +305,12 @@ def _layer_operation(
     terms, shared = math.prod(kernel.shape[:-1]), {"centered": layer.centered, "clipped": clipped}
     if isinstance(layer, AdderDense):
         return IntegerOperation("dense", exponent, terms, **shared)
-    geometry = layer.geometry()
+    window = geometry(layer)
     if isinstance(layer.padding, str):
-        reach = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, geometry["dilation"])]
-        pads = jax.lax.padtype_to_pads(inputs.shape[1:3], reach, geometry["strides"], layer.padding)
-        geometry["padding"] = tuple(pads)
-    return IntegerOperation("convolution", exponent, terms, geometry=geometry, **shared)
+        reach = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, window["dilation"])]
+        pads = jax.lax.padtype_to_pads(inputs.shape[1:3], reach, window["strides"], layer.padding)
+        window["padding"] = tuple(pads)
+    return IntegerOperation("convolution", exponent, terms, geometry=window, **shared)
 
 
 def _similarity_operation(
@@ -364,7 +364,7 @@ def _sums(layer: nn.Module, inputs: jax.Array, templates: jax.Array) -> jax.Arra
     """The integer sums of an adder layer, int32."""
     if isinstance(layer, AdderDense):
         return adder_matmul(inputs.reshape(-1, inputs.shape[-1]), templates).reshape(*inputs.shape[:-1], -1)
-    return adder_conv(inputs, templates, **layer.geometry())
+    return adder_conv(inputs, templates, **geometry(layer))
 
 
 def _adds(context: nn.module.InterceptorContext) -> bool:

@@ -95,7 +95,7 @@ def test_integers_meet_integers_at_p_1_only():
         adder_matmul(x, y.astype(jnp.float32))
     assert adder_matmul(x, y, p=np.float32(1)).dtype == jnp.int32
     for p in (2.0, True, jnp.ones(())):
-        with pytest.raises(TypeError, match="no whole numbers. Pass p=1"):
+        with pytest.raises(TypeError, match="no whole numbers. Pass the Python number p=1"):
             adder_matmul(x, y, p=p)
     with pytest.raises(TypeError, match="allowed are float32, bfloat16, float16, int8, uint8"):
         adder_matmul(x.astype(jnp.int32), y)

@@ -365,7 +365,7 @@ def test_the_average_is_evaluated(finished):
             {"model.implementation": "tpu"},
             "implementation='tpu' does not run .*, cpu: choose one of 'reference'",
         ),
-        ({"model.mlp_dim": -5}, "mlp_dim=-5 must be at least 1"),
+        ({"model.mlp_dim": -5}, "mlp_dim=-5 must be a whole number, at least 1"),
         ({"model.grad_inputs": "hardtanh:x"}, "grad_inputs: the slope .* got 'x'"),
     ],
 )
