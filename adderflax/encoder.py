@@ -23,10 +23,10 @@ from adderflax.layers import (
     require_choice,
     require_count,
     require_normalization,
+    settle_rules,
 )
 from adderflax.operators import adder_attention, available_implementations
 from adderflax.operators.attention import default_attention_scale
-from adderflax.operators.rules import canonical_rule
 
 SIMILARITIES = ("l1", "dot")
 
@@ -144,10 +144,7 @@ class EncoderConfig:
             raise ValueError(
                 f"attention_scale={self.attention_scale!r} must be a number, or None for its default."
             )
-        for name in ("grad_inputs", "grad_kernel", "grad_query", "grad_key"):
-            canonical_rule(getattr(self, name), name)
-            if isinstance(getattr(self, name), list):  # of a file; a description is hashable
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        settle_rules(self, "grad_inputs", "grad_kernel", "grad_query", "grad_key")
         require_choice("implementation", self.implementation, (None, *available_implementations()))
 
     def resolved(self) -> Self:

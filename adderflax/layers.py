@@ -44,6 +44,17 @@ def require_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
 
 
+def settle_rules(description: Any, *names: str) -> None:
+    """Raises a ValueError unless these fields of a frozen dataclass are gradient rules; makes them hashable.
+
+    A file has lists where code has tuples.
+    """
+    for name in names:
+        canonical_rule(getattr(description, name), name)
+        if isinstance(getattr(description, name), list):
+            object.__setattr__(description, name, tuple(getattr(description, name)))
+
+
 def require_pair(name: str, value: Any) -> None:
     """Raises a ValueError that names the field, unless `value` is two whole numbers, each 1 or more."""
     if not hasattr(value, "__len__") or len(value) != 2 or not all(map(is_count, value)):
@@ -283,9 +294,9 @@ class MultiplyConv(nn.Module):
         shape = (*self.kernel_size, inputs.shape[-1] // groups, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
-        geometry = {"strides": self.strides, "padding": self.padding}
+        window = {"strides": self.strides, "padding": self.padding}
         if inputs.shape[-1] == groups > 1:
-            outputs = depthwise_conv(inputs, kernel, **geometry)
+            outputs = depthwise_conv(inputs, kernel, **window)
         else:
             outputs = jax.lax.conv_general_dilated(
                 inputs,

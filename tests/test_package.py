@@ -24,7 +24,7 @@ def test_wheel_is_installed_and_imported_from_another_directory(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
     assert [name for name in names if name.endswith("LICENSE")]
-    assert "adderflax/operators/_gpu_kernels.cu" in names
+    assert {"adderflax/operators/_gpu_kernels.cu", "adderflax/analysis/integer_format.md"} < set(names)
 
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
@@ -40,6 +40,12 @@ def test_wheel_is_installed_and_imported_from_another_directory(tmp_path):
     )
     file, value, same_version = done.stdout.split()
     assert Path(file).is_relative_to(site) and value == "-2.0" and same_version == "True"
+
+
+def test_what_training_needs_besides_is_told():
+    code = "import sys; sys.modules['ml_collections'] = None; import adderflax.training.config"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and "`pip install '.[train]'`" in done.stderr.splitlines()[-1]
 
 
 def test_requirements_are_exact():

@@ -93,7 +93,7 @@ def test_ratios_by_number_format():
 
 @jax.numpy_dtype_promotion("standard")
 def test_ratios_of_other_machines():
-    found = {}
+    found, totals = {}, {}
     for name in ("imagenet_adder_deit_ti", "cifar10_adder_vit"):
         model = configured_model(load_config(f"configs/{name}.py", []))
         for setting in (
@@ -110,10 +110,12 @@ def test_ratios_of_other_machines():
             )
             ours, twin = (energy.total for energy in report.total(setting[0]))
             found[name[:5], *setting[:2]] = f"{twin / ours:.2f}"
+            totals[name[:5], *setting[:2]] = ours, twin
     page = " ".join(CLAIMS.split())
     exported, small = (found[name, "paper", "exported"] for name in ("image", "cifar"))
     assert f"{exported} for DeiT-Ti and {small} for CIFAR-10's model" in page
     assert f"exported in int8 ({exported})" in page
+    assert "({:.3f} against {:.3f} mJ)".format(*totals["cifar", "paper", "exported"]) in page
     assert f"(`--table traced`), has {found['image', 'paper', 'traced']}." in page
     dram = found["image", "full", "fp32"]
     assert f"(`--memory dram`: {dram})" in page and f"comes from DRAM ({dram})" in page

@@ -18,7 +18,7 @@ from typing import Any
 from adderflax.analysis.loops import opened
 from adderflax.analysis.primitives import ADDER, Cost, size
 
-# By the type in which it happens; the last addition of the result's is to the sum.
+# What one term costs, by whose type it is in; the addition in the result's type is the one to the sum.
 _TERM = {"operands": (("add", 1), ("absolute", 1)), "result": (("add", 1),)}
 _GRADIENT_TERM = {"operands": (("add", 1), ("compare", 2)), "result": (("multiply", 1), ("add", 1))}
 _GRADIENT = "_gradient"

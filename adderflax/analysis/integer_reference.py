@@ -41,13 +41,21 @@ class Export:
         self._mean, self._deviation = (np.float32(images[name]) for name in ("mean", "std"))
 
     def quantized(self, values: np.ndarray, name: str) -> np.ndarray:
-        """The integers of an operation's float32 operands, int64."""
+        """The integers, int64, of an operation's float32 operands, in their shape."""
         limits, unit = self.described["operands"], np.float32(2.0 ** self.operations[name]["exponent"])
         rounded = np.rint(np.float32(values) / unit)  # np.rint takes halves to even
         return np.clip(rounded, limits["lowest"], limits["highest"]).astype(np.int64)
 
     def sums(self, name: str, *operands: np.ndarray) -> np.ndarray:
-        """The integer sums of an operation without the constant: of inputs, or of queries and keys."""
+        """The integer sums of an operation, int64, without the constant.
+
+        Args:
+          name: of the operation.
+          *operands: integers: inputs [B, ..., in] or [B, H, W, in], or queries and keys [B, T, heads, d].
+
+        Returns:
+          [B, ..., out], [B, H', W', out] or [B, heads, T, T].
+        """
         kind = self.operations[name]["kind"]
         if kind == "similarity":
             query_BxHxTxd, key_BxHxTxd = (x.astype(np.int64).transpose(0, 2, 1, 3) for x in operands)
@@ -95,8 +103,8 @@ def convolution(
 ) -> np.ndarray:
     """A convolution: `product`, as `distances` or `np.matmul`, of patches and kernel [h, w, C / groups, O].
 
-    Zeros are added around the image, (before, after) in height and width; the o-th of equally many groups of
-    filters sees the o-th group of channels alone.
+    x is [B, H, W, C], the result [B, H', W', O]. Zeros are added around the image, (before, after) in
+    height and width; the o-th of equally many groups of filters sees the o-th group of channels alone.
     """
     x = np.pad(x_BxHxWxC, ((0, 0), *map(tuple, padding), (0, 0)))
     groups, (height, width, inside, filters) = feature_group_count, kernel.shape

@@ -16,9 +16,9 @@ from adderflax.layers import (
     GradientRule,
     require_choice,
     require_count,
+    settle_rules,
 )
 from adderflax.operators import available_implementations
-from adderflax.operators.rules import canonical_rule
 
 VARIANTS = {"ResNet-20": 3, "ResNet-32": 5}  # blocks of each of the three stages
 PRESETS = {
@@ -75,10 +75,7 @@ class AdderResNetConfig:
             raise ValueError(f"image_size={self.image_size} must be a multiple of 4: two stages halve it.")
         if not 0.0 <= self.batch_norm_momentum < 1.0:
             raise ValueError(f"batch_norm_momentum={self.batch_norm_momentum} must lie in [0, 1).")
-        for name in ("grad_inputs", "grad_kernel"):
-            canonical_rule(getattr(self, name), name)
-            if isinstance(getattr(self, name), list):  # of a file; a description is hashable
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        settle_rules(self, "grad_inputs", "grad_kernel")
         require_choice("implementation", self.implementation, (None, *available_implementations()))
 
     @classmethod

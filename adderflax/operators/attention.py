@@ -214,7 +214,10 @@ def _attend_with_weights(query, key, value, mask, bias, scale, plan, similarity,
 
 
 def default_attention_scale(similarity: str, depth: int) -> float:
-    """The factor with which logits of unit-normal queries and keys of that many features deviate by 1."""
+    """The scale with which logits of standard normal queries and keys of `depth` features have variance 1.
+
+    |q - k| of two standard normal numbers has the variance 2 (1 - 2 / pi), their product 1.
+    """
     if depth == 0:
         return 1.0
     return 1.0 / math.sqrt(depth if similarity == "dot" else 2.0 * depth * (1.0 - 2.0 / math.pi))

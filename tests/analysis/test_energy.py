@@ -201,11 +201,11 @@ def test_the_table_of_what_is_exported():
     assert report.twin.macs == terms + products  # what adds in the model multiplies in the twin
     assert ours == pytest.approx((0.13 * terms + 4.6 * products) * 1e-9)
     assert twin == pytest.approx((0.3 * terms + 4.6 * products) * 1e-9)
-    # Beside a model that adds in the similarity only, as the twin does too, nothing is priced as int8.
+    # Where the twin adds in the similarity too, its product with the values stays in fp32, as the model's.
     mixed = digits_model(**PRESETS["multiply"] | {"similarity": "l1"})
     report = compare(inference_ledger(digits_model()), inference_ledger(mixed), TABLES["exported"], "none")
-    (scores,) = (part for part in report.parts if part.name == "A V")
-    assert scores.twin["paper"].total == scores.model["paper"].total > 0
+    (attended,) = (part for part in report.parts if part.name == "A V")
+    assert attended.twin["paper"].total == attended.model["paper"].total > 0
 
 
 def test_the_json_says_what_it_was_computed_with_and_what_it_lacks():
