@@ -4,7 +4,13 @@ Importing this needs jax, flax and numpy. Data, training and analysis live in su
 ``train`` extra.
 """
 
-from adderflax.encoder import AdderMlp, AdderSelfAttention, EncoderBlock, EncoderConfig
+from adderflax.encoder import (
+    AdderCrossAttention,
+    AdderMlp,
+    AdderSelfAttention,
+    EncoderBlock,
+    EncoderConfig,
+)
 from adderflax.layers import AdderConv, AdderDense
 from adderflax.models import AdderResNet, AdderResNetConfig, VisionTransformer, VisionTransformerConfig
 from adderflax.operators import adder_attention, adder_conv, adder_matmul
@@ -13,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdderConv",
+    "AdderCrossAttention",
     "AdderDense",
     "AdderMlp",
     "AdderResNet",

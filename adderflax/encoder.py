@@ -283,34 +283,83 @@ class AdderSelfAttention(nn.Module):
         Raises:
           ValueError: the tokens are not [B, T, embed_dim].
         """
-        config = self.config
-        _require_tokens(config, x_BxTxD, "AdderSelfAttention")
-        B, T, _ = x_BxTxD.shape
-        heads = (B, T, config.num_heads, config.embed_dim // config.num_heads)
-        query, key, value = (
-            dense(config, config.linear, config.embed_dim, name)(x_BxTxD, p).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        capture = self.is_mutable_collection("intermediates")
-        attended = adder_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            identity=config.identity,
-            similarity=config.similarity,
-            aggregation=config.aggregation,
-            scale=config.attention_scale,
-            grad_query=config.grad_query,
-            grad_key=config.grad_key,
-            return_weights=capture,
-            implementation=config.implementation,
-        )
-        if capture:
-            attended, weights_BxHxTxT = attended
-            self.sow("intermediates", "attention_weights", weights_BxHxTxT)
-        attended = attended.astype(config.compute_dtype).reshape(B, T, config.embed_dim)
-        return dense(config, config.output_projection, config.embed_dim, "out")(attended, p)
+        _require_tokens(self.config, x_BxTxD, "AdderSelfAttention")
+        return _attend(self, x_BxTxD, x_BxTxD, mask, p)
+
+
+class AdderCrossAttention(nn.Module):
+    """Multi-head attention of tokens to a context, [B, T, embed_dim] -> [B, T, embed_dim].
+
+    As `AdderSelfAttention`, with the same parameters, but keys and values are of the context, which may have
+    another number and width of tokens. The identity needs as many: set ``identity=False`` where it has not.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: Array, context_BxSxC: Array, mask: Array | None = None, p: Exponent = 1.0
+    ) -> Array:
+        """Applies attention.
+
+        Args:
+          x_BxTxD: tokens that attend.
+          context_BxSxC: tokens that are attended to.
+          mask: boolean, True where a query may see a key, broadcastable to [B, num_heads, T, S].
+          p: as in `AdderSelfAttention`.
+
+        Raises:
+          ValueError: the tokens are not [B, T, embed_dim], the context is not [B, S, C] with the same B, or
+            the identity is added where S is not T.
+        """
+        _require_tokens(self.config, x_BxTxD, "AdderCrossAttention")
+        if context_BxSxC.ndim != 3 or context_BxSxC.shape[0] != x_BxTxD.shape[0]:
+            raise ValueError(
+                f"AdderCrossAttention takes a context [B, S, C] with B={x_BxTxD.shape[0]}, that of the tokens"
+                f" {x_BxTxD.shape}, but got shape {context_BxSxC.shape}."
+            )
+        return _attend(self, x_BxTxD, context_BxSxC, mask, p)
+
+
+def _attend(
+    module: AdderSelfAttention | AdderCrossAttention,
+    x_BxTxD: Array,
+    context_BxSxC: Array,
+    mask: Array | None,
+    p: Exponent,
+) -> Array:
+    """The attention of x to the context, with layers that belong to the module, in its compact call."""
+    config = module.config
+    width = config.embed_dim // config.num_heads
+
+    def heads(name: str, tokens: Array) -> Array:
+        projected = dense(config, config.linear, config.embed_dim, name)(tokens, p)
+        return projected.reshape(*tokens.shape[:2], config.num_heads, width)
+
+    query, key, value = (
+        heads(name, tokens)
+        for name, tokens in (("query", x_BxTxD), ("key", context_BxSxC), ("value", context_BxSxC))
+    )
+    capture = module.is_mutable_collection("intermediates")
+    attended = adder_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        identity=config.identity,
+        similarity=config.similarity,
+        aggregation=config.aggregation,
+        scale=config.attention_scale,
+        grad_query=config.grad_query,
+        grad_key=config.grad_key,
+        return_weights=capture,
+        implementation=config.implementation,
+    )
+    if capture:
+        attended, weights_BxHxTxS = attended
+        module.sow("intermediates", "attention_weights", weights_BxHxTxS)
+    attended = attended.astype(config.compute_dtype).reshape(x_BxTxD.shape)
+    return dense(config, config.output_projection, config.embed_dim, "out")(attended, p)
 
 
 class AdderMlp(nn.Module):

@@ -27,7 +27,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from adderflax.encoder import AdderSelfAttention
+from adderflax.encoder import AdderCrossAttention, AdderSelfAttention
 from adderflax.layers import AdderConv, AdderDense, geometry
 from adderflax.operators import adder_conv, adder_matmul
 from adderflax.operators._integer import EXACT
@@ -91,7 +91,8 @@ class IntegerModel:
         Returns:
           For every adder layer "NAME/inputs" int8 [B, ..., C] and "NAME/sums" int32 [B, ..., features], the
           sums of -|q(x) - q(w)| without a centered layer's constant; for every L1 similarity
-          "NAME/queries" and "NAME/keys" int8 [B, T, heads, d] and "NAME/sums" int32 [B, heads, T, T].
+          "NAME/queries" int8 [B, T, heads, d], "NAME/keys" int8 [B, S, heads, d] and "NAME/sums" int32
+          [B, heads, T, S].
         """
         found: dict[str, np.ndarray] = {}
 
@@ -185,7 +186,8 @@ def quantize(
 
     Args:
       model: a `VisionTransformer`, an `AdderResNet`, or another Linen module made of `AdderDense`,
-        `AdderConv` and `AdderSelfAttention`, with a dataclass `config` that has a `dtype`.
+        `AdderConv`, `AdderSelfAttention` and `AdderCrossAttention`, with a dataclass `config` that has a
+        `dtype`.
       variables: its trained variables.
       images_BxHxWxC: normalized calibration images; some hundred.
       bits: of inputs and templates, 2 to 8.
@@ -314,23 +316,22 @@ def _layer_operation(
 
 
 def _similarity_operation(
-    query_BxTxD: jax.Array, key_BxTxD: jax.Array, heads: int, bits: int
+    query_BxTxD: jax.Array, key_BxSxD: jax.Array, heads: int, bits: int
 ) -> IntegerOperation:
-    B, T, D = query_BxTxD.shape
 
     def logits(query, key):
-        query, key = (array.reshape(B, T, heads, -1) for array in (query, key))
+        query, key = (array.reshape(*array.shape[:2], heads, -1) for array in (query, key))
         scores = adder_matmul(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1))
         return scores - jnp.mean(scores, axis=-1, keepdims=True)
 
-    wanted = logits(query_BxTxD, key_BxTxD)
+    wanted = logits(query_BxTxD, key_BxSxD)
 
     def error(exponent: int) -> float:
-        found = logits(*(on_grid(array, exponent, bits) for array in (query_BxTxD, key_BxTxD)))
+        found = logits(*(on_grid(array, exponent, bits) for array in (query_BxTxD, key_BxSxD)))
         return float(jnp.mean(jnp.square(found - wanted)))
 
-    exponent, clipped = _best(bits, error, query_BxTxD, key_BxTxD)
-    return IntegerOperation("similarity", exponent, D // heads, clipped=clipped)
+    exponent, clipped = _best(bits, error, query_BxTxD, key_BxSxD)
+    return IntegerOperation("similarity", exponent, query_BxTxD.shape[-1] // heads, clipped=clipped)
 
 
 def _require_plain_call(
@@ -373,13 +374,14 @@ def _adds(context: nn.module.InterceptorContext) -> bool:
     return context.method_name == "__call__" and isinstance(layer, (AdderDense, AdderConv)) and layer.path
 
 
-def _similarity_of(context: nn.module.InterceptorContext) -> AdderSelfAttention | None:
+def _similarity_of(
+    context: nn.module.InterceptorContext,
+) -> AdderSelfAttention | AdderCrossAttention | None:
     """The attention whose L1 similarity meets the outputs of this call, if there is one."""
     layer, attention = context.module, context.module.parent
     meets = context.method_name == "__call__" and layer.name in ("query", "key")
-    if meets and isinstance(attention, AdderSelfAttention) and attention.config.similarity == "l1":
-        return attention
-    return None
+    attends = isinstance(attention, (AdderSelfAttention, AdderCrossAttention))
+    return attention if meets and attends and attention.config.similarity == "l1" else None
 
 
 def _name(module: nn.Module) -> str:

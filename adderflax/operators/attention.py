@@ -28,6 +28,7 @@ def adder_attention(
     *,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
+    is_causal: bool = False,
     identity: bool = True,
     similarity: str = "l1",
     aggregation: str = "dot",
@@ -55,6 +56,7 @@ def adder_attention(
         mask: boolean, True where a query attends, broadcastable to [B, H, T, S] (rank-3
             operands: [H, T, S]).
         bias: floating, broadcastable likewise, added after the scale.
+        is_causal: whether query t attends to the keys 0 to t alone, of those that the mask leaves.
         identity: whether I is added; needs T == S.
         similarity: "l1" or "dot".
         aggregation: "dot" for weights @ value, "l1" for -sum_s |weights[t, s] - value[s, d]|,
@@ -94,6 +96,9 @@ def adder_attention(
         query, key, value = query[None], key[None], value[None]
     logits_shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     mask = _broadcastable(mask, "mask", logits_shape, single)
+    if is_causal:
+        earlier = jnp.tri(*logits_shape[2:], dtype=bool)[None, None]
+        mask = earlier if mask is None else mask & earlier
     bias = _broadcastable(bias, "bias", logits_shape, single)
 
     query, key, value = (jnp.transpose(array, (0, 2, 1, 3)) for array in (query, key, value))

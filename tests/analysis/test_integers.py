@@ -26,7 +26,7 @@ from adderflax import (
     VisionTransformerConfig,
 )
 from adderflax.analysis.integers import on_grid, quantize, width
-from adderflax.encoder import AdderSelfAttention
+from adderflax.encoder import AdderCrossAttention, AdderSelfAttention
 from adderflax.operators import adder_conv
 
 
@@ -342,6 +342,31 @@ def test_similarities_whose_integers_would_be_others_are_refused(call, told):
     images, model = jnp.ones((2, 5, 16)), CalledAttention(call, config)
     with pytest.raises(ValueError, match=told):
         quantize(model, model.init(jax.random.key(0), images), images)
+
+
+class Attends(nn.Module):
+    """An attention of two tokens of an image to all of its tokens."""
+
+    config: VisionTransformerConfig
+
+    @nn.compact
+    def __call__(self, images):
+        return AdderCrossAttention(self.config, name="attention")(images[:, :2], images)
+
+
+def test_cross_attention_computes_with_integers():
+    config = VisionTransformerConfig.from_variant("digits", **(SMALL | {"identity": False}))
+    images, model = jax.random.normal(jax.random.key(1), (3, 5, config.embed_dim)), Attends(config)
+    variables = model.init(jax.random.key(0), images)
+    integers = quantize(model, variables, images)
+    found = integers.vectors(images)
+    queries, keys = (found[f"attention/{part}"].astype(int) for part in ("queries", "keys"))
+    differences = queries[:, :, None] - keys[:, None, :]
+    np.testing.assert_array_equal(found["attention/sums"], -np.abs(differences).sum(-1).transpose(0, 3, 1, 2))
+    assert queries.shape[1] == 2 and keys.shape[1] == 5
+    outputs = integers.apply(images)
+    wanted = model.apply(variables, images)
+    assert 0 < float(jnp.max(jnp.abs(outputs - wanted))) < 0.1 * float(jnp.max(jnp.abs(wanted)))
 
 
 def test_no_images_are_refused():

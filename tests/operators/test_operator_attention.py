@@ -131,6 +131,36 @@ def test_dot_without_identity_is_jax_attention():
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("similarity", ["l1", "dot"])
+@pytest.mark.parametrize("keys", [6, 9])
+def test_causal_attention_sees_earlier_keys(similarity, keys):
+    query, key, value = normal(0, 2, 6, 3, 8), normal(1, 2, keys, 3, 8), normal(2, 2, keys, 3, 8)
+    earlier = np.arange(keys) <= np.arange(6)[:, None]
+    options = dict(similarity=similarity, identity=keys == 6)
+    out = adder_attention(query, key, value, is_causal=True, **options)
+    np.testing.assert_allclose(
+        out, expected_attention(query, key, value, mask=earlier, **options)[0], atol=1e-5
+    )
+    mask = np.random.default_rng(0).random((2, 1, 6, keys)) < 0.7
+    out = adder_attention(query, key, value, is_causal=True, mask=mask, **options)
+    wanted, _ = expected_attention(query, key, value, mask=mask & earlier, **options)
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    single = adder_attention(query[1], key[1], value[1], is_causal=True, mask=mask[1], **options)
+    np.testing.assert_allclose(single, wanted[1], atol=1e-5)
+    if similarity == "dot" and keys == 9:
+        other = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
+        np.testing.assert_allclose(out, other, atol=1e-5)
+
+
+def test_causal_attention_with_a_symbolic_number_of_tokens():
+    (tokens,) = jax.export.symbolic_shape("t")
+    shape = jax.ShapeDtypeStruct((2, tokens, 3, 8), jnp.float32)
+    run = jax.jit(functools.partial(adder_attention, is_causal=True))
+    operands = [normal(i, 2, 6, 3, 8) for i in range(3)]
+    exported = jax.export.export(run)(shape, shape, shape)
+    np.testing.assert_allclose(exported.call(*operands), run(*operands), atol=1e-6)
+
+
 def test_l1_aggregation_uses_hardtanh_on_both_sides():
     weights, value = normal(0, 2, 3, 6, 6), normal(1, 2, 3, 6, 8)
     g = normal(2, 2, 3, 6, 8)
