@@ -52,7 +52,7 @@ def forward(query, key, value, mask, bias, scale, *, score):
     """
 
     def attend(query, mask, bias):
-        unnormalized, maximum, sums = softmax(score(query, _transpose(key)), mask, bias, scale)
+        unnormalized, maximum, sums = softmax(score(query, key.mT), mask, bias, scale)
         # Dividing the T x E product by the sums instead of the T x S map saves a pass over it.
         return (weighted_sum(unnormalized, value) / sums, maximum, sums), ()
 
@@ -72,7 +72,7 @@ def backward(query, key, value, mask, bias, scale, maximum, sums, delta, g, *, s
         None and for a number.
     """
     length = _block_length(query, key, value)
-    key_transposed = _transpose(key)
+    key_transposed = key.mT
     if length != query.shape[2]:
         # Gradients have their operand's dtype: this one is summed over the blocks.
         key_transposed = key_transposed.astype(jnp.float32)
@@ -81,11 +81,11 @@ def backward(query, key, value, mask, bias, scale, maximum, sums, delta, g, *, s
     def differentiate(query, mask, bias, maximum, sums, delta, g):
         scores, pull = jax.vjp(score, query, key_transposed)
         weights = jnp.exp(_logits(scores, mask, bias, scale) - maximum) * (1.0 / sums)
-        dlogits = weights * (_matmul(g, _transpose(value)) - delta)
+        dlogits = weights * (_matmul(g, value.mT) - delta)
         if mask is not None:
             dlogits = jnp.where(mask, dlogits, 0.0)
         dquery, dkey = pull(dlogits * scale)
-        dvalue = weighted_sum(_transpose(weights), g)
+        dvalue = weighted_sum(weights.mT, g)
         dbias = None if bias is None else _sum_to(dlogits, bias.shape)
         dscale = jnp.sum(dlogits * scores) if isinstance(scale, jax.Array) else None
         totals = (dkey, dvalue, None if bias_by_query else dbias, dscale)
@@ -95,7 +95,7 @@ def backward(query, key, value, mask, bias, scale, maximum, sums, delta, g, *, s
     cotangents = (delta, g.astype(value.dtype))
     by_query, totals = _by_blocks(differentiate, (query, mask, bias, maximum, sums), cotangents, length)
     (dquery, dbias), (dkey, dvalue, dbias_total, dscale) = by_query, totals
-    return dquery, _transpose(dkey), dvalue, dbias if bias_by_query else dbias_total, dscale
+    return dquery, dkey.mT, dvalue, dbias if bias_by_query else dbias_total, dscale
 
 
 def _block_length(query, key, value) -> int:
@@ -174,7 +174,3 @@ def _sum_to(array, shape):
 def _matmul(x, y):
     # By default a TPU rounds float32 operands to bfloat16, and a GPU to TF32.
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-def _transpose(array):
-    return jnp.swapaxes(array, -1, -2)

@@ -53,8 +53,7 @@ class Implementation(NamedTuple):
     Attributes:
         forward: (x, y) -> [..., M, N].
         gradient_x: (x, y, g, rule) -> [..., M, K], for every rule but "full".
-        gradient_y: (x, y, g, rule) -> [..., K, N], likewise; None derives it from gradient_x of
-            the transposed problem.
+        gradient_y: (x, y, g, rule) -> [..., K, N], likewise.
         platforms: lowering platforms it can be compiled for; None means all.
         refuses: (x, y) -> the reason why it does not take these operands, or None.
         attention: the whole of attention, where the implementation has it.
@@ -64,7 +63,7 @@ class Implementation(NamedTuple):
 
     forward: Callable[[jax.Array, jax.Array], jax.Array]
     gradient_x: Callable[[jax.Array, jax.Array, jax.Array, Rule], jax.Array]
-    gradient_y: Callable[[jax.Array, jax.Array, jax.Array, Rule], jax.Array] | None = None
+    gradient_y: Callable[[jax.Array, jax.Array, jax.Array, Rule], jax.Array]
     platforms: tuple[str, ...] | None = None
     refuses: Callable[[jax.Array, jax.Array], str | None] = lambda x, y: None
     attention: FusedAttention | None = None
@@ -72,7 +71,7 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(_reference.forward, _reference.gradient_x),
+    "reference": Implementation(_reference.forward, _reference.gradient_x, _reference.gradient_y),
     "xla": Implementation(_xla.forward, _xla.gradient_x, _xla.gradient_y),
     "gpu": Implementation(
         _gpu.forward,
@@ -158,7 +157,7 @@ def dispatch(method: str, operands, static, implementation: str | None, log: boo
     """
 
     def runner(name):
-        run = _method(IMPLEMENTATIONS[name], method)
+        run = getattr(IMPLEMENTATIONS[name], method)
         message = f"adder_matmul {method} of {[a.shape for a in operands]} runs {name!r}"
 
         def logged(*operands):
@@ -237,18 +236,6 @@ def _differentiable(run: Callable, composed: Callable) -> Callable:
         return jax.jvp(composed, operands, tangents)
 
     return wrapped
-
-
-def _method(implementation: Implementation, method: str) -> Callable:
-    run = getattr(implementation, method)
-    if run is not None:
-        return run
-
-    def transposed(x, y, g, rule):
-        flipped = (jnp.swapaxes(array, -1, -2) for array in (y, x, g))
-        return jnp.swapaxes(implementation.gradient_x(*flipped, rule), -1, -2)
-
-    return transposed
 
 
 def with_automatic_axes(function: Callable, result_spec: Callable) -> Callable:

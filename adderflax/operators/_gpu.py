@@ -38,6 +38,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adderflax.operators import _gpu_kernels as kernels
 from adderflax.operators import _xla
+from adderflax.operators._primitives import (
+    batch_in_front,
+    is_local,
+    lower_function,
+    require_other_platforms,
+    result_shape,
+)
 from adderflax.operators.rules import Rule
 
 PLATFORMS = ("cuda",)
@@ -137,38 +144,24 @@ def problem_of(method: str, rule: Rule | None, x, y, *g) -> kernels.Problem:
     return kernels.Problem(method, rule, batch, rows, columns, terms, dtypes)
 
 
-def _result_shape(method: str, x, y) -> tuple[int, ...]:
-    if method == "forward":
-        return (*x.shape[:-1], y.shape[-1])
-    return x.shape if method == "gradient_x" else y.shape
-
-
 @_adder_p.def_abstract_eval
 def _abstract(x, y, *g, method, rule, partitioned):
     # From an operand, so that the result varies over the same mesh axes of a shard_map.
     dtype = jnp.dtype(problem_of(method, rule, x, y, *g).result_dtype)
-    return x.update(shape=_result_shape(method, x, y), dtype=dtype, weak_type=False)
+    return x.update(shape=result_shape(method, x, y), dtype=dtype, weak_type=False)
 
 
-@_adder_p.def_impl
-def _eager(*operands, **static):
-    return jax.jit(functools.partial(_adder_p.bind, **static))(*operands)
+_adder_p.def_impl(jax.jit(_adder_p.bind, static_argnames=("method", "rule", "partitioned")))
 
 
 def _batched(operands, axes, *, method, rule, partitioned):
     """vmap: the new axis joins the batch, or the rows where y has none."""
-    size = next(array.shape[axis] for array, axis in zip(operands, axes) if axis is not None)
-    shared_y = axes[1] is None and operands[1].ndim == 2 and method != "gradient_y"
-    moved = [
-        array
-        if axis is None and i == 1 and shared_y
-        else jnp.broadcast_to(array[None], (size, *array.shape))
-        if axis is None
-        else jnp.moveaxis(array, axis, 0)
-        for i, (array, axis) in enumerate(zip(operands, axes))
-    ]
+    moved = batch_in_front(operands, axes)
+    if axes[1] is None and operands[1].ndim == 2 and method != "gradient_y":
+        moved[1] = operands[1]
     if moved[0].ndim == 3:
         return _call(method, rule, *moved), 0
+    size = moved[0].shape[0]
     folded = (array.reshape(size * array.shape[1], *array.shape[2:]) for array in moved)
     result = _call(method, rule, *folded)
     return result.reshape(size, -1, *result.shape[1:]), 0
@@ -178,20 +171,14 @@ batching.primitive_batchers[_adder_p] = _batched
 
 
 def _lower_elsewhere(ctx, *operands, method, rule, partitioned):
-    if len(ctx.module_context.platforms) > 1:
-        # A program for several platforms holds every branch for every platform, though the
-        # others never run this one.
-        return _lower_plain(ctx, *operands, method=method, rule=rule)
-    raise NotImplementedError(
-        f"implementation: 'gpu' runs on NVIDIA GPUs, but this program is being lowered for "
-        f"{', '.join(ctx.module_context.platforms)}. implementation=None chooses by platform."
-    )
+    require_other_platforms(ctx, "gpu", "NVIDIA GPUs")
+    return lower_function(ctx, _plain, method, rule, *operands)
 
 
 def _lower(ctx, *operands, method, rule, partitioned):
     context = ctx.module_context
     if context.lowering_parameters.for_export:
-        return _lower_plain(ctx, *operands, method=method, rule=rule)
+        return lower_function(ctx, _plain, method, rule, *operands)
     if partitioned or is_local(context.axis_context):
         return _lower_kernel(ctx, *operands, method=method, rule=rule)
     mesh = named_mesh(context.axis_context)
@@ -201,24 +188,13 @@ def _lower(ctx, *operands, method, rule, partitioned):
             "CUDA kernels; name the mesh with jax.set_mesh, or use shard_map over all of its axes.",
             method,
         )
-        return _lower_plain(ctx, *operands, method=method, rule=rule)
-    # custom_partitioning wants to know devices and mesh, which jit hides from most primitives.
-    axis_context = mlir.ShardingContext(mesh.size, tuple(mesh.devices.flat), mesh.abstract_mesh)
-    ctx = ctx.replace(module_context=context.replace(axis_context=axis_context))
+        return lower_function(ctx, _plain, method, rule, *operands)
     run = _partitioned(method, rule, ctx.avals_in[0].ndim)
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+    return lower_function(knowing_mesh(ctx, mesh), run, *operands)
 
 
 mlir.register_lowering(_adder_p, _lower_elsewhere)
 mlir.register_lowering(_adder_p, _lower, platform="cuda")
-
-
-def is_local(axis_context) -> bool:
-    """Whether a program sees only one device's share: a single device, or inside of shard_map."""
-    if isinstance(axis_context, mlir.SPMDAxisContext):
-        automatic = set(axis_context.mesh.axis_names) - set(axis_context.manual_axes)
-        return all(axis_context.mesh.shape[name] == 1 for name in automatic)
-    return axis_context.num_devices == 1
 
 
 def named_mesh(axis_context):
@@ -232,18 +208,18 @@ def named_mesh(axis_context):
     return mesh if mesh.size == axis_context.num_devices else None
 
 
-def _lower_plain(ctx, *operands, method, rule):
-    run = functools.partial(_plain, method, rule)
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+def knowing_mesh(ctx, mesh):
+    """The context with devices and mesh, which custom_partitioning wants and jit hides."""
+    axis_context = mlir.ShardingContext(mesh.size, tuple(mesh.devices.flat), mesh.abstract_mesh)
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=axis_context))
 
 
 def _lower_kernel(ctx, *operands, method, rule):
     problem = problem_of(method, rule, *ctx.avals_in)
     tile = kernels.choose_tile(problem)
     if tile.blocks(problem) >= 2**31:  # more than a grid can hold
-        return _lower_plain(ctx, *operands, method=method, rule=rule)
-    run = functools.partial(launch, problem, tile)
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+        return lower_function(ctx, _plain, method, rule, *operands)
+    return lower_function(ctx, launch, problem, tile, *operands)
 
 
 @functools.cache
@@ -290,7 +266,7 @@ def _partitioned(method: str, rule: Rule | None, rank: int):
 def launch(problem: kernels.Problem, tile: kernels.Tile, x, y, *g) -> jax.Array:
     """The kernel's call in a program for one CUDA device."""
     by_role = {"forward": (x, y), "gradient_x": (*g, y, x), "gradient_y": (x, *g, y)}[problem.method]
-    shape = _result_shape(problem.method, x, y)
+    shape = result_shape(problem.method, x, y)
     parts = shape if tile.splits == 1 else (tile.splits, *shape)
     result = jax.ShapeDtypeStruct(parts, problem.result_dtype)
     (result,) = run_cuda(kernels.source(problem, tile), tile.blocks(problem), tile.threads, by_role, [result])

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adderflax.operators import _attention_xla, _gpu
 from adderflax.operators import _gpu_kernels as kernels
+from adderflax.operators._primitives import batch_in_front, is_local, lower_function
 from adderflax.operators.rules import Rule
 
 DEEPEST = 128  # of queries, keys and values: a thread holds their gradients in registers
@@ -204,18 +205,13 @@ def _abstract(query, key, value, *rest, method, **static):
     return [query.update(shape=shape, dtype=jnp.dtype("float32"), weak_type=False) for shape in shapes]
 
 
-@_attention_p.def_impl
-def _eager(*operands, **static):
-    return jax.jit(functools.partial(_attention_p.bind, **static))(*operands)
+_attention_p.def_impl(jax.jit(_attention_p.bind, static_argnames=("method", "scale", "rules", "partitioned")))
 
 
 def _batched(operands, axes, **static):
     """vmap: the new axis joins the batch."""
-    size = next(array.shape[axis] for array, axis in zip(operands, axes) if axis is not None)
-    moved = (
-        jnp.broadcast_to(array[None], (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-        for array, axis in zip(operands, axes)
-    )
+    moved = batch_in_front(operands, axes)
+    size = moved[0].shape[0]
     folded = [array.reshape(size * array.shape[1], *array.shape[2:]) for array in moved]
     results = _attention_p.bind(*folded, **static)
     return [array.reshape(size, -1, *array.shape[1:]) for array in results], [0] * len(results)
@@ -225,13 +221,12 @@ batching.primitive_batchers[_attention_p] = _batched
 
 
 def _lower_plain(ctx, *operands, method, scale, rules, partitioned):
-    run = functools.partial(_plain, method, scale, rules)
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+    return lower_function(ctx, _plain, method, scale, rules, *operands, multiple_results=True)
 
 
 def _lower(ctx, *operands, **static):
     context = ctx.module_context
-    local = static["partitioned"] or _gpu.is_local(context.axis_context)
+    local = static["partitioned"] or is_local(context.axis_context)
     mesh = None if local else _gpu.named_mesh(context.axis_context)
     problems = problems_of(static["method"], static["scale"], static["rules"], *ctx.avals_in)
     if (
@@ -242,13 +237,9 @@ def _lower(ctx, *operands, **static):
     ):
         return _lower_plain(ctx, *operands, **static)
     if mesh:
-        # custom_partitioning wants to know devices and mesh, which jit hides from most primitives.
-        axis_context = mlir.ShardingContext(mesh.size, tuple(mesh.devices.flat), mesh.abstract_mesh)
-        ctx = ctx.replace(module_context=context.replace(axis_context=axis_context))
         run = _partitioned(static["method"], static["scale"], static["rules"])
-    else:
-        run = functools.partial(_run, static["method"], problems)
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+        return lower_function(_gpu.knowing_mesh(ctx, mesh), run, *operands, multiple_results=True)
+    return lower_function(ctx, _run, static["method"], problems, *operands, multiple_results=True)
 
 
 mlir.register_lowering(_attention_p, _lower_plain)

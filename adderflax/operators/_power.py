@@ -95,5 +95,4 @@ def gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, p: jax.Array, rule: Rul
 
 def gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, p: jax.Array, rule: Rule) -> jax.Array:
     """sum_m rule_p(x[..., m, k] - y[..., k, n]) g[..., m, n]."""
-    flipped = (jnp.swapaxes(array, -1, -2) for array in (y, x, g))
-    return jnp.swapaxes(gradient_x(*flipped, p, rule), -1, -2)
+    return gradient_x(y.mT, x.mT, g.mT, p, rule).mT

@@ -17,3 +17,8 @@ def gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Arra
     x, y, g = x.astype(jnp.float32), y.astype(jnp.float32), g.astype(jnp.float32)
     difference = y[..., None, :, :] - x[..., :, :, None]
     return jnp.sum(apply_rule(rule, difference) * g[..., :, None, :], axis=-1)
+
+
+def gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
+    """sum_m rule(x[..., m, k] - y[..., k, n]) g[..., m, n] in float32."""
+    return gradient_x(y.mT, x.mT, g.mT, rule).mT

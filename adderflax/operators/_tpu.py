@@ -22,7 +22,14 @@ from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _tpu_batch, _tpu_blocks, _tpu_matrix, _xla
-from adderflax.operators._tpu_common import is_local, lower_function, named_mesh, warn_of_plain_form
+from adderflax.operators._primitives import (
+    batch_in_front,
+    is_local,
+    lower_function,
+    require_other_platforms,
+    result_shape,
+)
+from adderflax.operators._tpu_common import named_mesh, warn_of_plain_form
 from adderflax.operators.rules import Rule
 
 PLATFORMS = ("tpu",)
@@ -112,7 +119,7 @@ def _cycles(forms, x, y) -> tuple[float, float]:
 
 def _run_kernel(method: str, rule: Rule | None, interpret: bool, *operands: jax.Array) -> jax.Array:
     """The kernels on what one device holds."""
-    shape = _result_shape(method, *operands[:2])
+    shape = result_shape(method, *operands[:2])
     # Mosaic converts bfloat16 itself, float16 not.
     operands = [a.astype(jnp.float32) if a.dtype == jnp.float16 else a for a in operands]
     operands = [array.reshape(-1, *array.shape[-2:]) for array in operands]
@@ -127,25 +134,19 @@ def _run_kernel(method: str, rule: Rule | None, interpret: bool, *operands: jax.
 # ---- how it enters a program ----
 
 
-def _result_shape(method: str, x, y) -> tuple[int, ...]:
-    if method == "forward":
-        return (*x.shape[:-1], y.shape[-1])
-    return x.shape if method == "gradient_x" else y.shape
-
-
 def _call(method: str, rule: Rule | None, interpret: bool, x, y, *g) -> jax.Array:
     if x.ndim == 3 and y.ndim == 2:
         # One y for the whole batch: its rows are those of one larger problem.
         x_rows, *g_rows = (array.reshape(-1, array.shape[-1]) for array in (x, *g))
         result = _call(method, rule, interpret, x_rows, y, *g_rows)
-        return result.reshape(_result_shape(method, x, y))
+        return result.reshape(result_shape(method, x, y))
     return _adder_p.bind(x, y, *g, method=method, rule=rule, interpret=interpret)
 
 
 @_adder_p.def_abstract_eval
 def _abstract(x, y, *g, method, rule, interpret):
     # From an operand, so that the result varies over the same mesh axes of a shard_map.
-    return x.update(shape=_result_shape(method, x, y), dtype=jnp.dtype("float32"), weak_type=False)
+    return x.update(shape=result_shape(method, x, y), dtype=jnp.dtype("float32"), weak_type=False)
 
 
 _adder_p.def_impl(jax.jit(_adder_p.bind, static_argnames=("method", "rule", "interpret")))
@@ -153,14 +154,10 @@ _adder_p.def_impl(jax.jit(_adder_p.bind, static_argnames=("method", "rule", "int
 
 def _batched(operands, axes, *, method, rule, interpret):
     """vmap: the new axis joins the batch, or x's rows if y is the same along it."""
-    size = next(array.shape[axis] for array, axis in zip(operands, axes) if axis is not None)
     shared_y = axes[1] is None and operands[1].ndim == 2 and method != "gradient_y"
-    folded = [
-        jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-        for array, axis in zip(operands, axes)
-    ]
-    batch = folded[0].shape[:-2]
-    x, y, *g = (array.reshape(-1, *array.shape[-2:]) for array in folded)
+    moved = batch_in_front(operands, axes)
+    batch = moved[0].shape[:-2]
+    x, y, *g = (array.reshape(-1, *array.shape[-2:]) for array in moved)
     result = _call(method, rule, interpret, x, operands[1] if shared_y else y, *g)
     return result.reshape(*batch, *result.shape[-2:]), 0
 
@@ -171,14 +168,8 @@ batching.primitive_batchers[_adder_p] = _batched
 def _lower_elsewhere(ctx, *operands, method, rule, interpret):
     if interpret:
         return lower_function(ctx, _run_kernel, method, rule, True, *operands)
-    if len(ctx.module_context.platforms) > 1:
-        # A program for several platforms holds every branch for every platform, though the
-        # others never run this one.
-        return lower_function(ctx, _run_plain, method, rule, *operands)
-    raise NotImplementedError(
-        f"implementation: 'tpu' runs on TPUs, but this program is being lowered for "
-        f"{', '.join(ctx.module_context.platforms)}. implementation=None chooses by platform."
-    )
+    require_other_platforms(ctx, "tpu", "TPUs")
+    return lower_function(ctx, _run_plain, method, rule, *operands)
 
 
 def _lower(ctx, *operands, method, rule, interpret):

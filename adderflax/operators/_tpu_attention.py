@@ -29,14 +29,13 @@ from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _attention_xla
+from adderflax.operators._primitives import batch_in_front, is_local, lower_function, require_other_platforms
 from adderflax.operators._tpu_common import (
     LANES,
     SUBLANES,
     ceil_div,
     clipped_rule,
     compiler_params,
-    is_local,
-    lower_function,
     named_mesh,
     out_struct,
     repeat,
@@ -118,11 +117,7 @@ _attention_p.def_impl(jax.jit(_attention_p.bind, static_argnames=("method", "sca
 
 
 def _batched(operands, axes, **static):
-    size = next(array.shape[axis] for array, axis in zip(operands, axes) if axis is not None)
-    moved = [
-        jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-        for array, axis in zip(operands, axes)
-    ]
+    moved = batch_in_front(operands, axes)
     results = _call(static["method"], static["scale"], static["rules"], static["interpret"], *moved)
     return results, [0] * len(results)
 
@@ -131,12 +126,8 @@ batching.primitive_batchers[_attention_p] = _batched
 
 
 def _lower_elsewhere(ctx, *operands, method, scale, rules, interpret):
-    if not interpret and len(ctx.module_context.platforms) == 1:
-        raise NotImplementedError(
-            f"implementation: 'tpu' runs on TPUs, but this program is being lowered for "
-            f"{ctx.module_context.platforms[0]}. implementation=None chooses by platform."
-        )
-    # A program for several platforms holds every branch for every platform.
+    if not interpret:
+        require_other_platforms(ctx, "tpu", "TPUs")
     run = functools.partial(_run_kernel, interpret=True) if interpret else _run_plain
     return lower_function(ctx, run, method, scale, rules, *operands, multiple_results=True)
 

@@ -1,6 +1,5 @@
-"""What the Pallas kernels for TPUs share, and how they enter programs."""
+"""What the Pallas kernels for TPUs share."""
 
-import functools
 import logging
 import math
 
@@ -72,21 +71,6 @@ def cost_estimate(terms: int, gradient: bool, shape, *operands: jax.Array) -> pl
         transcendentals=0,
         bytes_accessed=loaded + 4 * math.prod(shape),
     )
-
-
-def lower_function(ctx, function, *arguments, multiple_results: bool = False):
-    """Lowers function(*static, *operands); the operands are ctx's."""
-    static = arguments[: len(arguments) - len(ctx.avals_in)]
-    run = functools.partial(function, *static)
-    return mlir.lower_fun(run, multiple_results=multiple_results)(ctx, *arguments[len(static) :])
-
-
-def is_local(axis_context) -> bool:
-    """Whether a program sees only one device's share: a single device, or inside of shard_map."""
-    if isinstance(axis_context, mlir.SPMDAxisContext):
-        automatic = set(axis_context.mesh.axis_names) - set(axis_context.manual_axes)
-        return all(axis_context.mesh.shape[name] == 1 for name in automatic)
-    return getattr(axis_context, "num_devices", 1) == 1
 
 
 def named_mesh(axis_context):

@@ -42,11 +42,7 @@ def gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Arra
 
 def gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
     """sum_m rule(x[..., m, k] - y[..., k, n]) g[..., m, n] in float32."""
-
-    def direct(x, y, g):
-        flipped = _reference.gradient_x(*map(_transpose, (y, x, g)), rule)
-        return _transpose(flipped)
-
+    direct = functools.partial(_reference.gradient_y, rule=rule)
     blocked = functools.partial(_blocked_gradient_y, rule=rule)
     if not (blockable(x, y) and isinstance(x.shape[-2], int)):
         return direct(x, y, g)
@@ -68,8 +64,7 @@ def blocked_forward(x: jax.Array, y: jax.Array, distance=jnp.abs) -> jax.Array:
     rows, columns = x.shape[-2], y.shape[-1]
     if isinstance(rows, int) and columns * _passes(rows) < rows * _passes(columns) / 2:
         # Few columns: put the rows in lanes instead, since the distance is even.
-        transposed = _columns_in_lanes(_transpose(y), _transpose(x), distance)
-        return _transpose(transposed)
+        return _columns_in_lanes(y.mT, x.mT, distance).mT
     return _columns_in_lanes(x, y, distance)
 
 
@@ -98,7 +93,7 @@ def blocked_gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, weighting) -> j
     The weighting maps g to (a function (difference, g) -> rule(difference) * g, and the g for it).
     """
     x_blocks = _split_columns(x.astype(jnp.float32))
-    y_chunks = _chunk(_split_columns(_transpose(y.astype(jnp.float32))), -2)
+    y_chunks = _chunk(_split_columns(y.astype(jnp.float32).mT), -2)
     weighted, g = weighting(g.astype(jnp.float32))
     g_chunks = _chunk(g, -1)
     blocked = x_blocks.ndim > x.ndim
@@ -112,7 +107,7 @@ def blocked_gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, weighting) -> j
 
 
 def _blocked_gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
-    x_chunks = _chunk(_transpose(x.astype(jnp.float32)), -1)
+    x_chunks = _chunk(x.astype(jnp.float32).mT, -1)
     y_blocks = _split_columns(y.astype(jnp.float32))
     weighted, g = _weighting(rule, g.astype(jnp.float32))
     g_chunks = _chunk(_split_columns(g), -2)
@@ -195,10 +190,6 @@ def zeros(shape, *like: jax.Array) -> jax.Array:
     array = jnp.zeros(shape, jnp.float32)
     axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in like))
     return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
-
-
-def _transpose(array: jax.Array) -> jax.Array:
-    return jnp.swapaxes(array, -1, -2)
 
 
 def _block_width(columns: int) -> int:

@@ -201,10 +201,10 @@ def _run(method, *operands, plan):
 def _attend_with_weights(query, key, value, mask, bias, scale, plan, similarity, aggregation, identity):
     """(aggregate [B, H, T, E], weights [B, H, T, S]), by autodiff, which keeps the weights."""
     if similarity == "l1":
-        scores = plan.score(query, jnp.swapaxes(key, -1, -2))
+        scores = plan.score(query, key.mT)
     else:
         query, key = _common_dtype(query, key)
-        scores = jnp.matmul(query, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
+        scores = jnp.matmul(query, key.mT, preferred_element_type=jnp.float32)
     scale = plan.scale if scale is None else scale
     unnormalized, _, sums = _attention_xla.softmax(scores, mask, bias, scale)
     weights = unnormalized / sums

@@ -208,8 +208,8 @@ def _forward(x, y, *p, implementation, log):
     x, y = _expand(x, y)
     if x.ndim == 2 and y.ndim > 2:
         # The same rows meet every entry of the batch: these are rows of the transposed problem.
-        flipped = _run("forward", (_fold_rows(_transpose(y)), _transpose(x)), p, (), implementation, log)
-        return _transpose(flipped.reshape(*batch, shape[-1], shape[-2]))
+        flipped = _run("forward", (_fold_rows(y.mT), x.mT), p, (), implementation, log)
+        return flipped.reshape(*batch, shape[-1], shape[-2]).mT
     x = _fold_rows(x) if y.ndim == 2 else _fold_batch(x)
     return _run("forward", (x, _fold_batch(y)), p, (), implementation, log).reshape(shape)
 
@@ -224,7 +224,7 @@ def _gradient_x(x, y, g, *p, rule, implementation, log):
     elif x.ndim == 2:
         y, g = _fold_columns(y), _fold_columns(g)
     if rule.kind == "full" and not p:
-        dx = _full_gradient(x, _transpose(y), g)
+        dx = _full_gradient(x, y.mT, g)
     else:
         operands = tuple(_fold_batch(array) for array in (x, y, g))
         dx = _run("gradient_x", operands, p, (rule,), implementation, log)
@@ -237,13 +237,13 @@ def _gradient_y(x, y, g, *p, rule, implementation, log):
     x, y = _expand(x, y)
     expanded = y.shape
     if x.ndim == 2 and y.ndim > 2:
-        flipped = (_transpose(array) for array in (y, x, g))
+        flipped = (array.mT for array in (y, x, g))
         dy = _gradient_x(*flipped, *p, rule=rule, implementation=implementation, log=log)
-        return _transpose(dy).reshape(shape)
+        return dy.mT.reshape(shape)
     if y.ndim == 2:
         x, g = _fold_rows(x), _fold_rows(g)
     if rule.kind == "full" and not p:
-        dy = _transpose(_full_gradient(_transpose(y), x, _transpose(g)))
+        dy = _full_gradient(y.mT, x, g.mT).mT
     else:
         operands = tuple(_fold_batch(array) for array in (x, y, g))
         dy = _run("gradient_y", operands, p, (rule,), implementation, log)
@@ -284,10 +284,6 @@ def _unbroadcast(gradient, shape):
     return jnp.sum(gradient, axes).reshape(shape)
 
 
-def _transpose(array):
-    return jnp.swapaxes(array, -1, -2)
-
-
 def _fold_rows(array):
     """[..., R, C] -> [prod(...) R, C]."""
     return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
@@ -295,7 +291,7 @@ def _fold_rows(array):
 
 def _fold_columns(array):
     """[..., R, C] -> [R, prod(...) C]."""
-    return _transpose(_fold_rows(_transpose(array)))
+    return _fold_rows(array.mT).mT
 
 
 def _fold_batch(array):
