@@ -257,12 +257,11 @@ class MultiplyDense(nn.Module):
     use_bias: bool
     dtype: Any
     epsilon: float
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
         shape = (inputs.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape, jnp.float32)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         outputs = jnp.matmul(inputs, kernel)
         if self.use_bias:

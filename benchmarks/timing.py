@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from adderflax.training.environment import processor
+
 # Elements/s that the vector units allow: forward (subtract, and add the magnitude) and input gradient.
 # Multiprocessors x lanes x clock, or vector slots x lanes x clock, over the instructions of an element.
 _LIMITS = {
@@ -60,7 +62,7 @@ def machine() -> dict[str, Any]:
     """What a figure needs beside it: device, versions, load."""
     device = jax.devices()[0]
     return {
-        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "device": device.device_kind if device.platform != "cpu" else processor(),
         "platform": device.platform,
         "devices": len(jax.devices()),
         "cores": os.cpu_count(),
@@ -68,13 +70,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_average": round(os.getloadavg()[0], 2),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "CPU"
 
 
 def device_limits() -> tuple[float, float] | None:

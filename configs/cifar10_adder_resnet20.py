@@ -5,9 +5,9 @@
 Arguments: ``:multiply`` is the twin whose every convolution multiplies.
 The recipe: 400 epochs of SGD at 0.1 on a cosine to 0, momentum 0.9, weight decay 5e-4 on every parameter,
 batches of 256, crops with 4 pixels of padding and flips, the adaptive local rate 0.2 on adder templates.
-Where we differ: the rate falls with every update, not every epoch, and an image is divided by the set's
-deviation of all pixels, (0.247, 0.244, 0.262), there by (0.2023, 0.1994, 0.2010); dense kernels begin as
-He et al. 2015 draw them, there as PyTorch does; and there are 399 epochs, the first at the second one's rate.
+Where we differ: the rate falls with every update, not every epoch; an image is divided by the set's deviation
+of all pixels, (0.247, 0.244, 0.262), not by (0.2023, 0.1994, 0.2010); dense kernels begin as He et al. 2015
+draw them, not as PyTorch does. The official code runs 399 of its 400 epochs, the first at the second's rate.
 Weights of the official code are read by `adderflax.models.load_addernet_weights`.
 Hardware: one accelerator; on a CPU use a short override such as ``--config.total_steps=100``.
 Accuracy and time: not yet run in full.

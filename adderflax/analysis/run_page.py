@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from adderflax.analysis.run_curves import draw_panel, legend, panels_for
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.config import RunConfig, default_config
@@ -213,8 +215,8 @@ def _curves(run: Run) -> list[str]:
 
 
 def _configuration(run: Run) -> list[str]:
-    defaults = _flat(json.loads(json.dumps(default_config(run.config["model"]["arithmetic"]).to_dict())))
-    values = _flat(run.config)
+    defaults = json.loads(json.dumps(default_config(run.config["model"]["arithmetic"]).to_dict()))
+    defaults, values = (flatten_dict(tree, sep=".") for tree in (defaults, run.config))
     changed = [name for name in values if values[name] != defaults.get(name)]
     rows = ([name, _value(values[name]), _value(defaults.get(name))] for name in changed)
     rest = ([name, _value(values[name])] for name in values if name not in changed)
@@ -226,7 +228,7 @@ def _configuration(run: Run) -> list[str]:
     ]
     if run.info:
         model = dataclasses.asdict(RunConfig.parse(run.config).model_config(run.info))
-        built = ([name, _value(value)] for name, value in _flat(model).items())
+        built = ([name, _value(value)] for name, value in flatten_dict(model, sep=".").items())
         parts.append(_details("The model as built", _table(["field", "value"], built)))
         info = {name: value for name, value in dataclasses.asdict(run.info).items() if name != "class_names"}
         parts.append(
@@ -269,14 +271,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _details(summary: str, content: str) -> str:
     return f"<details><summary>{_text(summary)}</summary>{content}</details>"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
 
 
 def _number(value: float | None) -> str:

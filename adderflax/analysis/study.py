@@ -13,11 +13,9 @@ import datetime
 import fcntl
 import json
 import os
-import platform
 import re
 import runpy
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from ml_collections import ConfigDict
 from adderflax.analysis.configured import inference_ledger
 from adderflax.analysis.diversity import measure_workdir
 from adderflax.analysis.energy_tables import CONVENTIONS, energy
-from adderflax.training import trainer
+from adderflax.training import environment, trainer
+from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
@@ -44,7 +43,6 @@ _MACHINE_FIELDS = {
     "model.remat",
     "model.implementation",
 }
-_PACKAGE = Path(__file__).parent.parent
 
 
 class StudyError(RuntimeError):
@@ -89,10 +87,8 @@ class Run:
         Raises:
           StudyError: the file cannot be loaded, or a field does not exist or cannot have the value.
         """
-        file, _, argument = self.config.partition(":")
         try:
-            get_config = runpy.run_path(file)["get_config"]
-            config = get_config(argument) if argument else get_config()
+            config = load_config(self.config)
             config.update_from_flattened_dict(dict(self.overrides) | {"seed": seed})
             RunConfig.parse(config)
         except (ConfigError, KeyError, OSError, TypeError, ValueError) as error:
@@ -311,7 +307,7 @@ def run_study(
     """
     with Results(results) as file:
         pending = study.pending(read_lines(results))
-        commit = _commit()
+        commit = environment.commit()
         print(f"Study {study.name}: {len(pending)} runs to do, results in {results}", flush=True)
         for number, (run, seed) in enumerate(pending, 1):
             print(f"[{number}/{len(pending)}] {run.name}, seed {seed}", flush=True)
@@ -367,24 +363,8 @@ def _rounded(tree: Any) -> Any:
     return jax.tree.map(lambda x: float(f"{x:.6g}") if isinstance(x, float) else x, tree)
 
 
-def _commit() -> str | None:
-    """The checkout's commit, "+changes" where the library differs from it; None without git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", _PACKAGE, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _machine() -> str:
     devices = jax.devices()
-    kind = devices[0].device_kind
     if devices[0].platform == "cpu":
-        file = Path("/proc/cpuinfo")
-        named = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
-        return f"{named[1] if named else platform.processor()}, {os.cpu_count()} cores"
-    return f"{len(devices)} x {kind}"
+        return f"{environment.processor()}, {os.cpu_count()} cores"
+    return f"{len(devices)} x {devices[0].device_kind}"

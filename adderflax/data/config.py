@@ -1,7 +1,5 @@
 """Configuration and description of image sets: plain values, no file is touched here."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import numbers

@@ -5,8 +5,6 @@ a mesh axis the work stays where the images are; what crosses devices is one ima
 shard's edge, for Mixup and CutMix.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax

@@ -1,7 +1,5 @@
 """`digits`: scikit-learn's 1,797 real handwritten digits, the set that needs no network."""
 
-from __future__ import annotations
-
 import numpy as np
 
 NUM_CLASSES = 10

@@ -1,7 +1,5 @@
 """`load_dataset`: finds a set by name and cuts it into its parts."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from adderflax.data import digits

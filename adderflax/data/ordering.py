@@ -1,7 +1,5 @@
 """The two pieces that grain's pipelines lack here: shares of batches, and countable workers."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os

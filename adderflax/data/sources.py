@@ -1,7 +1,5 @@
 """Random access to the parts of a set: training, validation, test."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import threading

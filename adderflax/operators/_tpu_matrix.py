@@ -11,9 +11,9 @@ where nothing but these is left in its loop:
 * A tile of the result stays in registers for 128 steps of the depth, unrolled in Python: the
   lane of `columns` that a step broadcasts must be static. 64 steps lose 5 % more to the latency
   with which the first broadcast arrives, and doubling them to 256 only doubles the code.
-* Broadcasting along lanes is the cross-lane unit's work and takes it about 2.4 cycles for eight
+* Broadcasting along lanes is the cross-lane unit's work and takes it about 2.2 cycles for eight
   rows, as much as three tiles of 128 lanes take the vector unit. Hence the longer axis goes to
-  the lanes: up to eight tiles share one broadcast. Either axis of the result can be that one,
+  the lanes: up to nine tiles share one broadcast. Either axis of the result can be that one,
   because operands and result can be stored transposed; the kernel turns them in VMEM.
 * Broadcasting along sublanes comes free with the load of a row.
 * A chunk of 128 steps of either operand is first copied to float32 scratch. That turns and

@@ -9,12 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
-from adderflax.training.distillation import Teacher, distillation_loss, outputs_of
-from adderflax.training.state import Batch, TrainState, annealed_exponent, model_variables, step_inputs
+from adderflax.training.distillation import Teacher
+from adderflax.training.state import (
+    Batch,
+    TrainState,
+    annealed_exponent,
+    model_variables,
+    step_inputs,
+    training_loss,
+)
 from adderflax.training.steplog import DivergenceError
 
 
@@ -89,7 +95,6 @@ def find_culprit(
         model = type(model)(dataclasses.replace(model.config, remat=False))
     # As in the update: once p has arrived at 1, the L1 distance itself.
     anneals = int(state.step) < anneal_steps
-    collections = ["batch_stats", *(teacher.collections if teacher else [])]
     names: list[str] = []
 
     def loss_and_flags(params, taught, exponent, images, targets, key):
@@ -103,15 +108,13 @@ def find_culprit(
                 flags.append(_finite(output))
             return output
 
-        with nn.intercept_methods(look):
-            variables = model_variables(params, state.batch_stats)
-            logits, collected = model.apply(
-                variables, images, train=True, rngs={"drop_path": key}, mutable=collections, **exponent
-            )
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-        if teacher is not None:
-            student = outputs_of(model, logits, collected)
-            loss, _ = distillation_loss(teacher.config, student, teacher.outputs(taught, images), targets)
+        def watched(*arguments, **keywords):  # the model, and not its teacher
+            with nn.intercept_methods(look):
+                return model.apply(*arguments, **keywords)
+
+        variables = model_variables(params, state.batch_stats)
+        given = variables, taught, exponent, images, targets, key
+        loss, _ = training_loss(model, teacher, *given, apply=watched)
         return loss, (flags, jnp.isfinite(loss))
 
     @jax.jit

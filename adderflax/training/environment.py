@@ -54,12 +54,12 @@ def describe() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "adderflax": adderflax.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "devices": dict(Counter(device.device_kind for device in jax.devices())),
         "processes": jax.process_count(),
     }
@@ -72,7 +72,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of this machine's processor."""
     try:
         named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -80,7 +81,7 @@ def _processor() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, "+changes" where the library differs from it; None without git."""
     package = Path(adderflax.__file__).parent
 

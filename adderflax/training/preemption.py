@@ -36,11 +36,11 @@ class Preempted(SystemExit):
 class StopSignals:
     """Takes SIGTERM and SIGINT while it is entered: the first is remembered, a second one exits at once.
 
-    The same one again at once is no second one. At once means with 128 plus the signal's number,
-    even while the main thread is inside a compiler or waits for a device. Processes started meanwhile have
-    both signals blocked: a Ctrl-C reaches the terminal's whole process group, and without data workers the
-    update at hand could not be finished. Entered outside the main thread, which alone may set handlers, it
-    does nothing.
+    It exits with 128 plus the signal's number, even while the main thread is inside a compiler or waits for a
+    device. The same signal within 0.2 s of the first is no second one: `timeout` sends it twice. Processes
+    started meanwhile have both signals blocked: a Ctrl-C reaches the terminal's whole process group, and
+    without data workers the update at hand could not be finished. Entered outside the main thread, which
+    alone may set handlers, it does nothing.
     """
 
     def __init__(self):

@@ -31,7 +31,14 @@ def deit(variant: str, arithmetic: str) -> ConfigDict:
     config.optimizer.weight_decay = 0.05
 
     config.augment.random_resized_crop = True
-    _regularize(config)
+    config.augment.flip = True
+    config.augment.randaugment_layers = 2
+    config.augment.randaugment_magnitude = 9
+    config.augment.mixup_alpha = 0.8
+    config.augment.cutmix_alpha = 1.0
+    config.augment.erasing_probability = 0.25
+    config.augment.label_smoothing = 0.1
+    config.model.drop_path_rate = 0.1
 
     config.eval_every = 6250
     config.checkpoint_every = 1250
@@ -73,12 +80,12 @@ def cifar(name: str, arithmetic: str) -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.ema_decay = 0.999
 
+    # Milder than what DeiT needs for 300 epochs, and all of it runs on the accelerator.
     config.augment.crop_padding = 4
-    _regularize(config)
-    # Milder than what DeiT needs for 300 epochs; and what is left runs on the accelerator.
-    config.augment.randaugment_layers = 0
+    config.augment.flip = True
     config.augment.mixup_alpha = 0.2
-    config.augment.erasing_probability = 0.0
+    config.augment.cutmix_alpha = 1.0
+    config.augment.label_smoothing = 0.1
     config.model.drop_path_rate = 0.0
 
     config.eval_every = 1910
@@ -102,15 +109,3 @@ def _make_short(config: ConfigDict) -> None:
     config.eval_every = 300
     config.checkpoint_every = 150
     config.log_every = 25
-
-
-def _regularize(config: ConfigDict) -> None:
-    """What DeiT does to images and labels besides cropping, and its stochastic depth."""
-    config.augment.flip = True
-    config.augment.randaugment_layers = 2
-    config.augment.randaugment_magnitude = 9
-    config.augment.mixup_alpha = 0.8
-    config.augment.cutmix_alpha = 1.0
-    config.augment.erasing_probability = 0.25
-    config.augment.label_smoothing = 0.1
-    config.model.drop_path_rate = 0.1

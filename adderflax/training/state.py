@@ -131,6 +131,44 @@ def annealed_exponent(step: jax.Array, anneal_steps: int) -> jax.Array:
     return jnp.maximum(2.0 - step.astype(jnp.float32) / anneal_steps, 1.0)
 
 
+def training_loss(
+    model: nn.Module,
+    teacher: Teacher | None,
+    variables: dict[str, Any],
+    taught: Any,
+    exponent: dict[str, jax.Array],
+    images: jax.Array,
+    targets: jax.Array,
+    key: jax.Array,
+    *,
+    apply: Callable[..., Any] | None = None,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    """The mean loss over a batch, in nats; with its parts and the accuracy, and the new BatchNorm statistics.
+
+    Args:
+      model: as `make_train_step` takes it.
+      teacher: the same.
+      variables: the model's.
+      taught: the teacher's.
+      exponent: {"p": p}, or {} where p is 1.
+      images: augmented, float32 [B, height, width, channels].
+      targets: [B, num_classes].
+      key: of the model's randomness.
+      apply: in place of `model.apply`.
+    """
+    collections = ["batch_stats", *(teacher.collections if teacher else [])]
+    options = {"train": True, "rngs": {"drop_path": key}, "mutable": collections}
+    logits, collected = (apply or model.apply)(variables, images, **options, **exponent)
+    if teacher is None:
+        loss, parts = jnp.mean(optax.softmax_cross_entropy(logits, targets)), {}
+    else:
+        student = outputs_of(model, logits, collected)
+        loss, parts = distillation_loss(teacher.config, student, teacher.outputs(taught, images), targets)
+    hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
+    parts["accuracy"] = jnp.mean(hits.astype(jnp.float32))
+    return loss, (parts, collected.get("batch_stats"))
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -169,25 +207,8 @@ def make_train_step(
       exponent.
     """
 
-    collections = ["batch_stats", *(teacher.collections if teacher else [])]
-
-    def loss_and_more(params, batch_stats, taught, exponent, images, targets, key):
-        logits, collected = model.apply(
-            model_variables(params, batch_stats),
-            images,
-            train=True,
-            rngs={"drop_path": key},
-            mutable=collections,
-            **exponent,
-        )
-        if teacher is None:
-            loss, parts = jnp.mean(optax.softmax_cross_entropy(logits, targets)), {}
-        else:
-            student = outputs_of(model, logits, collected)
-            loss, parts = distillation_loss(teacher.config, student, teacher.outputs(taught, images), targets)
-        hits = jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)
-        parts["accuracy"] = jnp.mean(hits.astype(jnp.float32))
-        return loss, (parts, collected.get("batch_stats"))
+    def loss_and_more(params, batch_stats, *rest):
+        return training_loss(model, teacher, model_variables(params, batch_stats), *rest)
 
     def value_and_grad(params, *part):
         value, gradients = jax.value_and_grad(loss_and_more, has_aux=True)(params, *part)
