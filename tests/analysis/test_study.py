@@ -311,7 +311,7 @@ def test_a_run_that_diverges_is_a_line(copied, monkeypatch):
         (("seeds=(0, 1)", "seeds=(0, 0)"), "different whole numbers"),
         (("def runs", "def rows"), "no function runs"),
         (('"l1", "dot")', '"l1", "dotty")'), "names the run 'dotty', which is none of l1, dot"),
-        (("digits_adder_vit.py", "none.py"), "'l1' cannot be configured .*There is no configuration file .*none.py"),
+        (("digits_adder_vit.py", "none.py"), "'l1' cannot be configured .*no configuration file .*none.py"),
         (('"model.depth": 1', '"model.deep": 1'), "'l1' cannot be configured .*deep"),
         (('"model.depth": 1', '"modle.depth": 1'), "'l1' cannot be configured .*modle"),
         (('"model.depth": 1', '"model.depth": "x"'), "'l1' cannot be configured .*depth"),
