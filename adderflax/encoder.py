@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-import numbers
-from typing import Any, Self
+from typing import Self
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from adderflax.fields import is_count, is_finite, require_choice, require_count, settle_rules
 from adderflax.layers import (
     ARITHMETICS,
     DTYPES,
@@ -18,12 +18,8 @@ from adderflax.layers import (
     GradientRule,
     MultiplyConv,
     MultiplyDense,
-    is_count,
     layer_norm,
-    require_choice,
-    require_count,
     require_normalization,
-    settle_rules,
 )
 from adderflax.operators import adder_attention, available_implementations
 from adderflax.operators.attention import default_attention_scale
@@ -136,11 +132,11 @@ class EncoderConfig:
             )
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
-        if not (_is_finite(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
+        if not (is_finite(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
             raise ValueError(
                 f"layer_norm_epsilon={self.layer_norm_epsilon!r} must be a number greater than 0."
             )
-        if self.attention_scale is not None and not _is_finite(self.attention_scale):
+        if self.attention_scale is not None and not is_finite(self.attention_scale):
             raise ValueError(
                 f"attention_scale={self.attention_scale!r} must be a number, or None for its default."
             )
@@ -162,10 +158,6 @@ class EncoderConfig:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as a NumPy dtype."""
         return jnp.dtype(self.dtype)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def dense(

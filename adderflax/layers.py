@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from adderflax.fields import is_count, require_choice, require_count, require_pair
 from adderflax.operators import GradientRule, adder_conv, adder_matmul
 from adderflax.operators._depthwise import depthwise_conv
 from adderflax.operators._origin import distance_from_origin
@@ -25,42 +26,6 @@ ARITHMETICS = ("adder", "multiply")
 NORMALIZATIONS = ("layer", "none")
 DTYPES = ("float32", "bfloat16")
 _LINEAR_BELOW = 1e-3  # where the power activation is a line instead; normalized outputs are of order 1
-
-
-def require_choice(name: str, value: Any, allowed: tuple) -> None:
-    """Raises a ValueError that names the field and what is allowed, unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.")
-
-
-def is_count(value: Any) -> bool:
-    """Whether `value` is a whole number, 1 or more; True and 3.0 are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
-
-
-def require_count(name: str, value: Any) -> None:
-    """Raises a ValueError that names the field, unless `value` is a whole number, 1 or more."""
-    if not is_count(value):
-        raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
-
-
-def settle_rules(description: Any, *names: str) -> None:
-    """Raises a ValueError unless these fields of a frozen dataclass are gradient rules; makes them hashable.
-
-    A file has lists where code has tuples.
-    """
-    for name in names:
-        canonical_rule(getattr(description, name), name)
-        if isinstance(getattr(description, name), list):
-            object.__setattr__(description, name, tuple(getattr(description, name)))
-
-
-def require_pair(name: str, value: Any) -> None:
-    """Raises a ValueError that names the field, unless `value` is two whole numbers, each 1 or more."""
-    if not hasattr(value, "__len__") or len(value) != 2 or not all(map(is_count, value)):
-        raise ValueError(
-            f"{name}={value!r} must be a pair of whole numbers, 1 or more, for height and width, as (3, 3)."
-        )
 
 
 def require_normalization(normalization: str, power_activation: bool) -> None:

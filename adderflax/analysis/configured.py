@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from adderflax.analysis.ledger import Ledger, count_operations
 from adderflax.data import DataConfig, DatasetInfo
+from adderflax.models.classifier import abstract_variables, image_shape
 from adderflax.models.families import ModelConfig, build_model
 from adderflax.training.config import ConfigError, RunConfig
 
@@ -90,9 +91,5 @@ def multiplying_twin(model: ModelConfig) -> ModelConfig:
 def inference_ledger(model: ModelConfig) -> Ledger:
     """The operations of classifying one image, from shapes alone."""
     module = build_model(model)
-    shape = (1, model.image_size, model.image_size, model.channels)
-    image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    # The key, too, is a shape only: no device is needed to count.
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(module.init, key, image)
-    return count_operations(module.apply, variables, image, constant_argnums=(0,))
+    image = jax.ShapeDtypeStruct((1, *image_shape(model)), jnp.float32)
+    return count_operations(module.apply, abstract_variables(module), image, constant_argnums=(0,))

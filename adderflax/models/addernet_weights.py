@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adderflax.models.classifier import abstract_variables
 from adderflax.models.resnet import AdderResNet, AdderResNetConfig
 from adderflax.models.weight_files import read_weight_file
 
@@ -91,10 +92,7 @@ def convert_addernet_weights(
 
 def _official_names(config: AdderResNetConfig) -> tuple[dict[str, tuple[int, ...]], Any]:
     """Official name -> shape for every variable, in the order of the variables' tree, and that tree."""
-    model = AdderResNet(config)
-    images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(variables)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_variables(AdderResNet(config)))
     names = {}
     for path, leaf in leaves:
         _, *modules, name = (key.key for key in path)

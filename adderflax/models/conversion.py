@@ -43,6 +43,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from adderflax.models.classifier import abstract_variables
 from adderflax.models.vit import VisionTransformer, VisionTransformerConfig
 from adderflax.operators import adder_attention
 
@@ -224,8 +225,7 @@ def _part(flat: Mapping[Path, Any], layer: Path) -> dict[Path, Any]:
 
 def _shapes(config: VisionTransformerConfig) -> dict[Path, tuple[int, ...]]:
     """Path -> shape of every parameter."""
-    images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    params = jax.eval_shape(VisionTransformer(config).init, jax.random.key(0), images)["params"]
+    params = abstract_variables(VisionTransformer(config))["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
 
 

@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from adderflax.layers import require_choice
+from adderflax.fields import require_choice
 from adderflax.models import resnet, vit
 from adderflax.models.resnet import AdderResNet, AdderResNetConfig
 from adderflax.models.vit import VisionTransformer, VisionTransformerConfig

@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from adderflax.fields import require_choice, require_count, require_known, settle_rules
 from adderflax.layers import (
     ARITHMETICS,
     DTYPES,
     AdderConv,
     Exponent,
     GradientRule,
-    require_choice,
-    require_count,
-    settle_rules,
 )
+from adderflax.models.classifier import require_images
 from adderflax.operators import available_implementations
 
 VARIANTS = {"ResNet-20": 3, "ResNet-32": 5}  # blocks of each of the three stages
@@ -92,11 +91,7 @@ class AdderResNetConfig:
         """
         require_choice("variant", variant, tuple(VARIANTS))
         require_choice("arithmetic", arithmetic, tuple(PRESETS))
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(
-                f"Unknown model field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}."
-            )
+        require_known(cls, fields)
         return cls(**({"blocks": VARIANTS[variant]} | PRESETS[arithmetic] | fields))
 
 
@@ -126,12 +121,7 @@ class AdderResNet(nn.Module):
           ValueError: the images do not have the configured size.
         """
         config = self.config
-        expected = (config.image_size, config.image_size, config.channels)
-        if images_BxHxWxC.ndim != 4 or images_BxHxWxC.shape[1:] != expected:
-            raise ValueError(
-                f"images have shape {images_BxHxWxC.shape}, but this model takes [batch, "
-                f"{', '.join(map(str, expected))}]. Resize the images, or set image_size and channels."
-            )
+        require_images(config, images_BxHxWxC)
         norm = functools.partial(_batch_norm, config, train)
         x = _convolution(config, "multiply", _WIDTHS[0], 3, 1, "conv1", p)(images_BxHxWxC)
         x = nn.relu(norm("bn1")(x))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from adderflax.encoder import EncoderBlock, EncoderConfig, convolution, dense
-from adderflax.layers import ARITHMETICS, Exponent, layer_norm, require_choice, require_count
+from adderflax.fields import require_choice, require_count, require_known
+from adderflax.layers import ARITHMETICS, Exponent, layer_norm
+from adderflax.models.classifier import require_images
 
 STEMS = ("patch", "conv")
 POOLINGS = ("token", "mean")
@@ -150,11 +152,7 @@ class VisionTransformerConfig(EncoderConfig):
         """
         require_choice("variant", variant, tuple(VARIANTS))
         require_choice("arithmetic", arithmetic, (*PRESETS, "custom"))
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(
-                f"Unknown model field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}."
-            )
+        require_known(cls, fields)
         if arithmetic == "custom" and (missing := [f for f in PRESET_FIELDS if f not in fields]):
             raise ValueError(
                 "arithmetic='custom' takes no preset, so every one of its fields must be set; missing:"
@@ -194,12 +192,7 @@ class VisionTransformer(nn.Module):
           ValueError: the images do not have the configured size.
         """
         config = self.config
-        expected = (config.image_size, config.image_size, config.channels)
-        if images_BxHxWxC.ndim != 4 or images_BxHxWxC.shape[1:] != expected:
-            raise ValueError(
-                f"images have shape {images_BxHxWxC.shape}, but this model takes [batch, "
-                f"{', '.join(map(str, expected))}]. Resize the images, or set image_size and channels."
-            )
+        require_images(config, images_BxHxWxC)
         x = self._embedded(images_BxHxWxC.astype(config.compute_dtype), p)
         D = x.shape[2]
         if config.pooling == "token":

@@ -22,6 +22,8 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 
+from adderflax.models.classifier import blank_image
+
 # Added to every attention weight before its logarithm. A map with the identity resolves the weights on its
 # diagonal to 6e-8, so far below this there is only rounding.
 _MAP_FLOOR = 1e-6
@@ -140,11 +142,9 @@ class Teacher:
 
     def require_fits(self, student: nn.Module) -> None:
         """Raises ValueError, computing nothing, where the student has not what is to be compared."""
-        config = student.config
-        shape = (1, config.image_size, config.image_size, config.channels)
 
         def compare(key, variables):
-            images = jnp.zeros(shape)
+            images = blank_image(student.config)
             logits, sown = student.apply(student.init(key, images), images, mutable=self.collections)
             outputs = outputs_of(student, logits, sown)
             return distillation_loss(self.config, outputs, self.outputs(variables, images), logits)

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from adderflax.layers import require_choice
+from adderflax.fields import require_choice
 from adderflax.models.vit import PRESETS
 from adderflax.training.config import default_config
 

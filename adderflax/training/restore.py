@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from adderflax.data import DatasetInfo
+from adderflax.models.classifier import abstract_variables
 from adderflax.models.families import build_model
 from adderflax.operators import available_implementations
 from adderflax.training import sharding
@@ -140,9 +141,7 @@ def unflatten_variables(arrays: Mapping[str, jax.Array], model: nn.Module, file:
     Raises:
       WorkdirError: names or shapes are not those of the model; the message names them, and the file.
     """
-    config = model.config
-    images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    wanted = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images), sep="/")
+    wanted = traverse_util.flatten_dict(abstract_variables(model), sep="/")
     wanted, shapes = ({name: leaf.shape for name, leaf in flat.items()} for flat in (wanted, arrays))
     names = wanted.keys() | arrays.keys()
     if wrong := sorted(name for name in names if wanted.get(name) != shapes.get(name)):

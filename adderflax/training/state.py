@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
+from adderflax.models.classifier import blank_image
 from adderflax.training import sharding
 from adderflax.training.distillation import Teacher, distillation_loss, outputs_of
 
@@ -98,9 +99,7 @@ def abstract_state(
 
 def _new_state(model, optimizer, seed, with_ema, params=None) -> TrainState:
     init_key, key = jax.random.split(jax.random.key(seed))
-    config = model.config
-    images = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    variables = model.init(init_key, images)
+    variables = model.init(init_key, blank_image(model.config))
     params = variables["params"] if params is None else params
     batch_stats = variables.get("batch_stats")
     averages = jax.tree.map(jnp.copy, (params, batch_stats)) if with_ema else (None, None)

@@ -1,0 +1,59 @@
+"""Checks of the fields with which layers and models are described."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+from adderflax.operators.rules import canonical_rule
+
+
+def require_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raises a ValueError that names the field and what is allowed, unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.")
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` is a whole number, 1 or more; True and 3.0 are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
+def require_count(name: str, value: Any) -> None:
+    """Raises a ValueError that names the field, unless `value` is a whole number, 1 or more."""
+    if not is_count(value):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+
+
+def settle_rules(description: Any, *names: str) -> None:
+    """Raises a ValueError unless these fields of a frozen dataclass are gradient rules; makes them hashable.
+
+    A file has lists where code has tuples.
+    """
+    for name in names:
+        canonical_rule(getattr(description, name), name)
+        if isinstance(getattr(description, name), list):
+            object.__setattr__(description, name, tuple(getattr(description, name)))
+
+
+def require_pair(name: str, value: Any) -> None:
+    """Raises a ValueError that names the field, unless `value` is two whole numbers, each 1 or more."""
+    if not hasattr(value, "__len__") or len(value) != 2 or not all(map(is_count, value)):
+        raise ValueError(
+            f"{name}={value!r} must be a pair of whole numbers, 1 or more, for height and width, as (3, 3)."
+        )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a real number, neither infinite nor NaN; True is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_known(described: type, names: Iterable[str]) -> None:
+    """Raises a ValueError that lists the fields of a dataclass, unless all of these names are among them."""
+    known = {field.name for field in dataclasses.fields(described)}
+    if unknown := sorted(set(names) - known):
+        raise ValueError(
+            f"Unknown model field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}."
+        )
