@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from adderflax import pipes
 from adderflax.analysis import TABLES
 from adderflax.analysis.configured import (
     configured_model,
@@ -25,6 +26,7 @@ from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
