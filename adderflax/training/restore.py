@@ -51,7 +51,8 @@ def config_here(workdir: str | Path) -> dict[str, Any]:
     saved = workdir_lib.read_config(workdir)
     if not isinstance(model := saved.get("model", {}), dict):
         raise ConfigError(f"model={model!r} in {Path(workdir) / 'config.json'} must hold named fields.")
-    if model.get("implementation") not in (None, *implementations_here()):
+    # What names none asks for no device.
+    if (named := model.get("implementation")) is not None and named not in implementations_here():
         model = model | {"implementation": None}
     return saved | {"mesh": {}, "model": model}
 
