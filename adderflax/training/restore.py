@@ -102,7 +102,7 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
         if step is None:
             raise workdir_lib.WorkdirError(
                 f"{Path(workdir).absolute()} has no {'evaluated' if best else 'complete'} checkpoint yet:"
-                f" train first, with train.py --workdir {workdir}."
+                " train first, by the train.py command that began the run."
             )
         state = checkpointer.restore_state(target, step)
     return model, state.evaluated_variables, info

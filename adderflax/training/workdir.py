@@ -292,8 +292,8 @@ def _read_json(workdir: str | Path, name: str) -> dict[str, Any]:
 
 def _unreadable(file: Path, error: Exception) -> WorkdirError:
     return WorkdirError(
-        f"{file} cannot be read: {str(error).removesuffix('.')}. Put back a copy of it, or choose another"
-        " directory with --workdir."
+        f"{file} cannot be read: {str(error).removesuffix('.')}. Put back a copy of it, or give the directory"
+        " of another run."
     )
 
 
