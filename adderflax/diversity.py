@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from adderflax import pipes
 from adderflax.analysis import figures
 from adderflax.analysis.diversity import Diversity, measure_workdir
 from adderflax.data import DatasetNotReadyError
@@ -22,6 +23,7 @@ from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(

@@ -3,6 +3,7 @@
 python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py
 python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py --convention full --json
 python -m adderflax.energy --config configs/digits_adder_vit.py --config.model.similarity=dot
+python -m adderflax.energy weights/cifar10_adder_vit
 """
 
 import argparse
@@ -12,30 +13,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from adderflax import pipes
 from adderflax.analysis import TABLES
 from adderflax.analysis.configured import (
     configured_model,
     inference_ledger,
     multiplying_twin,
+    trained_model,
 )
 from adderflax.analysis.energy_plot import draw
 from adderflax.analysis.energy_report import as_text, compare
 from adderflax.analysis.energy_tables import CONVENTIONS, MEMORY_DEFAULT
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError
+from adderflax.training.workdir import WorkdirError
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
-        config = load_config(arguments.config, overrides)
-        model = configured_model(config)
-        table = TABLES[arguments.table]
+        if arguments.config is not None:
+            config = load_config(arguments.config, overrides)
+            variant, model, exported = config.model.variant, configured_model(config), False
+        else:
+            variant, model, exported = trained_model(arguments.directory)
+        table = TABLES[arguments.table or ("exported" if exported else "fp32")]
         ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
         report = compare(*ledgers, table, arguments.memory)
         title = (
-            f"{arguments.config}: {config.model.variant}, one image of "
+            f"{arguments.config or arguments.directory}: {variant}, one image of "
             f"{model.image_size}x{model.image_size}x{model.channels}, {model.num_classes} classes"
         )
         if arguments.plot:
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{arguments.plot} cannot be drawn: there is no directory {folder}. Make it."
                 )
             draw(report, arguments.plot, title)
-    except (ConfigError, ImportError, OSError, ValueError) as error:
+    except (ConfigError, ImportError, OSError, ValueError, WorkdirError) as error:
         sys.exit(f"error: {error}")
     if arguments.json:
         print(json.dumps(report.as_json(arguments.convention)))
@@ -60,8 +68,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
+        "directory",
+        nargs="?",
+        help="workdir of a run, directory of a file of weights, or export: the model as it was trained; no "
+        "checkpoint is read",
+    )
+    parser.add_argument(
         "--config",
-        required=True,
         metavar="FILE",
         help="configuration file, configs/X.py or configs/X.py:multiply; --config.a.b=value "
         "changes a field; the data set is not opened",
@@ -73,7 +86,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="paper: matrix products, convolutions and adder operators only; full: everything. "
         "The tables show both; this is the one of --json and of the last line (default paper)",
     )
-    parser.add_argument("--table", choices=TABLES, default="fp32", help="unit energies")
+    parser.add_argument(
+        "--table", choices=TABLES, help="unit energies (default fp32; of an export, exported)"
+    )
     levels = tuple(TABLES["fp32"].memory)
     parser.add_argument("--memory", choices=levels, default=MEMORY_DEFAULT, help="memory that `full` prices")
     parser.add_argument("--json", action="store_true", help="print one JSON object and no tables")
@@ -82,6 +97,23 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for override in overrides:
         if not re.match(r"--?(no)?config\.", override):
             parser.error(f"unknown argument {override}; fields are set by --config.a.b=value")
+    directory = arguments.directory
+    if (directory is None) == (arguments.config is None):
+        given = "neither is" if directory is None else f"{directory} and --config {arguments.config} are"
+        parser.error(
+            "the model is that of a directory, such as weights/cifar10_adder_vit, or that of --config FILE; "
+            f"{given} given. Give one of them"
+        )
+    if directory is not None and overrides:
+        parser.error(
+            f"{overrides[0]} changes a configuration file's field, and {directory} names a model as it was "
+            "trained. Leave one of them out; a file is named by --config FILE"
+        )
+    if directory is not None and Path(directory).is_file():
+        parser.error(
+            f"{directory} is a file. Give the directory of a run, or --config {directory} where it is a "
+            "configuration file"
+        )
     return arguments, overrides
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from adderflax import pipes
 from adderflax.analysis.integer_files import export_workdir
 from adderflax.analysis.integers import BITS
 from adderflax.data import DatasetNotReadyError
@@ -19,6 +20,7 @@ from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(

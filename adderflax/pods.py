@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adderflax import pipes
 from adderflax.analysis import pods
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError
@@ -24,6 +25,7 @@ from adderflax.training.config import ConfigError
 _CONFIGS = tuple(f"configs/imagenet_adder_deit_{size}.py" for size in ("ti", "s", "b"))
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from adderflax import pipes
 from adderflax.analysis.integer_files import holds_integers, load_integers
 from adderflax.data import normalize_batch, preprocess_image
 from adderflax.training import profiling
@@ -62,6 +63,7 @@ def _positive(text: str) -> int:
     return value
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(

@@ -8,11 +8,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from adderflax import pipes
 from adderflax.analysis.run_page import write_run_page
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -25,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FILE", help="default: report.html in the workdir")
     arguments = parser.parse_args(argv)
     try:
-        print(write_run_page(arguments.workdir, arguments.output))
+        page = write_run_page(arguments.workdir, arguments.output)
     except (ConfigError, ImportError, OSError, WorkdirError) as error:
         sys.exit(f"error: {error}")
+    print(page)
 
 
 if __name__ == "__main__":

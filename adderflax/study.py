@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from adderflax import pipes
 from adderflax.analysis.study import StudyError, load_study, run_study
 from adderflax.analysis.study_page import write_page
 from adderflax.data import DatasetNotReadyError
@@ -20,6 +21,7 @@ from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
 
+@pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress=sys.stderr.isatty(),
             )
         print(f"Report in {write_page(study, results, arguments.study)}")
+    except BrokenPipeError:
+        raise  # of the output, which is no error
     except (
         ConfigError,
         DatasetNotReadyError,

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from adderflax import pipes
 from adderflax.data import (
     AugmentConfig,
     DataConfig,
@@ -41,6 +42,7 @@ _RANDAUGMENT = AugmentConfig(crop_padding=4, flip=True, randaugment_layers=2)
 _PHOTO = AugmentConfig(random_resized_crop=True, flip=True)
 
 
+@pipes.reader_may_leave()
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adderflax import adder_matmul
+from adderflax import adder_matmul, pipes
 from benchmarks.operators_page import write_page
 from benchmarks.timing import alternate, device_limits, limit_loop, machine, whole_rows
 
@@ -143,6 +143,7 @@ def _torch():
     return torch
 
 
+@pipes.reader_may_leave()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.operators",

@@ -18,6 +18,7 @@ import jax
 import jax.extend
 import numpy as np
 
+from adderflax import pipes
 from adderflax.analysis.configured import image_set
 from adderflax.data import augment_batch
 from adderflax.models.families import build_model
@@ -107,6 +108,7 @@ def adder_calls(jaxpr, times: int = 1) -> dict:
     return found
 
 
+@pipes.reader_may_leave()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adderflax import adder_matmul
+from adderflax import adder_matmul, pipes
 from adderflax.models.conversion import dense_templates
 
 DEVIATIONS = (0.1, 0.3, 0.7, 1.0, 1.4, 2.0, 4.0)
@@ -40,6 +40,7 @@ def agreement(x_NxK: jax.Array, templates_KxO: jax.Array, kernel_KxO: jax.Array)
     return jnp.mean(pairs)
 
 
+@pipes.reader_may_leave()
 def main() -> None:
     """Prints the table."""
     argparse.ArgumentParser(

@@ -1,17 +1,21 @@
-"""The models that a configuration describes, without their data and without weights."""
+"""The models that a configuration or a workdir describes, without their data and without weights."""
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from adderflax.analysis.integers import in_float32
 from adderflax.analysis.ledger import Ledger, count_operations
 from adderflax.data import DataConfig, DatasetInfo
 from adderflax.models.classifier import abstract_variables, image_shape
 from adderflax.models.families import ModelConfig, build_model
 from adderflax.training.config import ConfigError, RunConfig
+from adderflax.training.restore import config_here
+from adderflax.training.workdir import INTEGERS, read_info
 
 # (image size, channels, classes). Sets whose images vary in size are trained at 224.
 KNOWN_SETS = {
@@ -78,6 +82,25 @@ def configured_model(config: ConfigDict) -> ModelConfig:
     """
     run = RunConfig.parse(config)
     return run.model_config(image_set(run.data))
+
+
+def trained_model(directory: str | Path) -> tuple[str, ModelConfig, bool]:
+    """The model of a run's workdir, of a file of weights or of an export, from its description alone.
+
+    Args:
+        directory: where its config.json and dataset.json are.
+
+    Returns:
+        The name of its variant, the model, and whether it is an export: one that computes with integers, and
+        all else in float32.
+
+    Raises:
+        ConfigError: the configuration cannot be run.
+        WorkdirError: there is no such description, or it cannot be read.
+    """
+    run = RunConfig.parse(config_here(directory))
+    model, exported = run.model_config(read_info(directory)), (Path(directory) / INTEGERS).exists()
+    return run.model["variant"], in_float32(build_model(model)).config if exported else model, exported
 
 
 def multiplying_twin(model: ModelConfig) -> ModelConfig:

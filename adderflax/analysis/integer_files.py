@@ -34,7 +34,13 @@ from adderflax.encoder import EncoderConfig
 from adderflax.models.families import build_model
 from adderflax.training.config import RunConfig
 from adderflax.training.restore import config_here, data_from, load_model, unflatten_variables
-from adderflax.training.workdir import INTEGERS, WorkdirError, read_config, read_info
+from adderflax.training.workdir import (
+    INTEGERS,
+    WorkdirError,
+    leaving_nothing_empty,
+    read_config,
+    read_info,
+)
 
 _INTEGERS, _VECTORS = "integers.npz", "vectors.npz"
 _FORMAT = 1
@@ -161,8 +167,7 @@ def _described(integers: IntegerModel) -> dict[str, Any]:
 @contextlib.contextmanager
 def _all_or_nothing(directory: Path) -> Iterator[Path]:
     """Gives a directory to write whose files are those of `directory` in the end, or leaves nothing."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
+    with leaving_nothing_empty(directory):
         with _telling_of(directory):
             directory.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix=".export-", dir=directory)
@@ -172,11 +177,6 @@ def _all_or_nothing(directory: Path) -> Iterator[Path]:
                 # The one that says what the others are comes last.
                 for file in sorted(written.iterdir(), key=lambda file: file.name == INTEGERS):
                     file.rename(directory / file.name)
-    except BaseException:
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
 
 
 @contextlib.contextmanager

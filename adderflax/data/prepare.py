@@ -19,6 +19,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 from urllib import parse
 
+from adderflax import pipes
 from adderflax.data.config import DatasetNotReadyError
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def prepare_in_child(name: str, data_dir: str | None) -> None:
         not_ready(name, data_dir, reason or f"preparing it ended with code {done.returncode}")
 
 
+@pipes.reader_may_leave()
 def main(arguments: list[str] | None = None) -> int:
     """Prepares the set that the command line names; stdout gets what is where, or the reason of a failure."""
     parser = argparse.ArgumentParser(
@@ -171,7 +173,10 @@ def _one_line(name: str, error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = ended.code
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads that still try to download would keep the interpreter from ending.

@@ -213,9 +213,11 @@ class Checkpointer:
         damages = self._find_damages(steps)
         told = "; ".join(f"checkpoint {step} ({damage})" for step, damage in damages.items())
         if steps and len(damages) == len(steps):
+            # Most of the commands that only read are given the directory in another way.
+            other = "give another run's directory" if read_only else "choose another directory with --workdir"
             raise WorkdirError(
                 f"Every checkpoint in {self._directory} is damaged: {told}. Nothing has been changed there."
-                " Put back a copy of one, or choose another directory with --workdir to begin again."
+                f" Put back a copy of one, or {other}{'' if read_only else ' to begin again'}."
             )
         if damages and jax.process_index() == 0:
             print(f"Damaged in {self._directory}: {told}. Using the others.", file=sys.stderr, flush=True)

@@ -52,7 +52,8 @@ def config_here(workdir: str | Path) -> dict[str, Any]:
     saved = workdir_lib.read_config(workdir)
     if not isinstance(model := saved.get("model", {}), dict):
         raise ConfigError(f"model={model!r} in {Path(workdir) / 'config.json'} must hold named fields.")
-    if model.get("implementation") not in (None, *implementations_here()):
+    # What names none asks for no device.
+    if (named := model.get("implementation")) is not None and named not in implementations_here():
         model = model | {"implementation": None}
     return saved | {"mesh": {}, "model": model}
 
@@ -102,7 +103,7 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
         if step is None:
             raise workdir_lib.WorkdirError(
                 f"{Path(workdir).absolute()} has no {'evaluated' if best else 'complete'} checkpoint yet:"
-                f" train first, with train.py --workdir {workdir}."
+                " train first, by the train.py command that began the run."
             )
         state = checkpointer.restore_state(target, step)
     return model, state.evaluated_variables, info

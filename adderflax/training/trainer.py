@@ -231,11 +231,11 @@ def train(
         workdir = distributed.first_process_first(hold, "open_workdir")
         trainer = Trainer(config)
         total = trainer.total_steps
-        if first_process:
-            workdir_lib.write_info(workdir, trainer.dataset.info)
         # Kernels that XLA cannot partition by itself need to know the mesh.
         held.enter_context(jax.set_mesh(trainer.mesh))
         batches = held.enter_context(contextlib.closing(trainer.train_batches()))
+        # The last thing that can refuse a new run: nothing is written before.
+        state = None if workdir_lib.has_checkpoints(workdir) else trainer.new_state()
         checkpointer = held.enter_context(Checkpointer(workdir, keep_latest=run.keep_checkpoints))
         first = checkpointer.latest_step or 0
         if first > total:
@@ -244,6 +244,7 @@ def train(
                 " can be extended, not cut short. Choose another directory with --workdir."
             )
         if first_process:
+            workdir_lib.write_info(workdir, trainer.dataset.info)
             workdir_lib.write_config(workdir, plain)
         if first >= total and (summary := workdir_lib.read_summary(workdir, steps=total)):
             print(f"Finished at step {total}, nothing left to do", flush=True)
@@ -252,8 +253,6 @@ def train(
         if first:
             state = checkpointer.restore(trainer.abstract_state(), batches)
             print(f"Resumed from step {first}", flush=True)
-        else:
-            state = trainer.new_state()
         environment.record_start(workdir, first)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)

@@ -51,7 +51,8 @@ def writing(workdir: str | Path) -> Iterator[Path]:
     """Makes the caller the one writer of a directory, which is created if needed.
 
     The lock ends with the process, however it ends, and belongs to it alone: a POSIX record lock passes to no
-    data worker, whether forked or spawned. Readers need none.
+    data worker, whether forked or spawned. Readers need none. What fails inside before it has written
+    anything leaves nothing that was not there before.
 
     Args:
       workdir: the run's directory.
@@ -66,34 +67,56 @@ def writing(workdir: str | Path) -> Iterator[Path]:
     # Before the file is opened: to close it again would give the lock away.
     if (real := path.resolve()) in _held:
         raise _being_written(path, "this process")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("ab+", buffering=0)
-    except OSError as error:
-        raise WorkdirError(
-            f"The workdir {path} cannot be written ({error.strerror or error}): checkpoints and figures go"
-            " there. Choose another with --workdir, or change its permissions."
-        ) from error
-    with lock:
+    with leaving_nothing_empty(path):
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = (path / "lock").read_text().strip() or "another process"
-            raise _being_written(path, holder) from None
-        _held.add(real)
-        try:
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
-            yield path
+            path.mkdir(parents=True, exist_ok=True)
+            is_new = not (file := path / "lock").exists()
+            lock = file.open("ab+", buffering=0)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
-                raise
             raise WorkdirError(
-                f"The disk of the workdir {path} cannot be written: {error.strerror}. The run stops; what was"
-                " saved before is intact. Make room or mend the disk; the same command goes on from there."
+                f"The workdir {path} cannot be written ({error.strerror or error}): checkpoints and figures"
+                " go there. Choose another with --workdir, or change its permissions."
             ) from error
-        finally:
-            _held.discard(real)
+        with lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A writer that failed in between may have removed what was opened: it would lock nobody out.
+                if not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                    raise FileNotFoundError
+            except (BlockingIOError, FileNotFoundError, PermissionError):
+                holder = (file.read_text().strip() if file.exists() else "") or "another process"
+                raise _being_written(path, holder) from None
+            _held.add(real)
+            try:
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+                yield path
+            except BaseException as error:
+                if is_new:
+                    with contextlib.suppress(OSError):
+                        file.unlink()
+                if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+                    raise
+                raise WorkdirError(
+                    f"The disk of the workdir {path} cannot be written: {error.strerror}. The run stops; what"
+                    " was saved before is intact. Make room or mend the disk; the same command goes on from"
+                    " there."
+                ) from error
+            finally:
+                _held.discard(real)
+
+
+@contextlib.contextmanager
+def leaving_nothing_empty(path: Path) -> Iterator[None]:
+    """Removes what was made of a directory's path, as far as it is empty, where what is done inside fails."""
+    missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _being_written(path: Path, holder: str) -> WorkdirError:
@@ -110,10 +133,10 @@ def open_workdir(
     extend: bool = False,
     defaults: dict[str, Any] | None = None,
 ) -> Path:
-    """Checks that a run of this configuration may begin or go on in a directory, held by `writing`.
+    """Checks that a run of this configuration may begin or go on in a directory, and changes nothing there.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, held by `writing`.
       config: the configuration as a plain dictionary of JSON values.
       extend: accept another number of steps than the one the directory was begun with. The schedule is
         that of the new number, so the learning rate jumps where the old one had already fallen; so does the
@@ -121,14 +144,12 @@ def open_workdir(
       defaults: as `require_same` takes them.
 
     Returns:
-      The absolute path; of a directory that nothing was saved in yet with this ``config.json``.
+      The absolute path.
 
     Raises:
       WorkdirError: the directory holds a run of another configuration.
     """
     path = Path(workdir).absolute()
-    path.mkdir(parents=True, exist_ok=True)
-    file = path / "config.json"
     # What was begun but never saved holds nothing to protect: a mistyped first command can be corrected.
     begun = has_checkpoints(path)
     if not begun and (path / "weights.npz").exists():
@@ -142,15 +163,13 @@ def open_workdir(
             f"{path} holds a model that was exported as integers, {INTEGERS}, to which a run there would not"
             " belong. Choose another directory with --workdir."
         )
-    if begun and file.exists():
-        require_same(path, config, extend=extend, defaults=defaults)
-    elif begun:
+    if begun and not (path / "config.json").exists():
         raise WorkdirError(
             f"The workdir {path} has checkpoints but no config.json, so nothing says which model they belong"
             " to. Choose another with --workdir, or restore its config.json."
         )
-    else:
-        write_config(path, config)
+    if begun:
+        require_same(path, config, extend=extend, defaults=defaults)
     return path
 
 
@@ -273,8 +292,8 @@ def _read_json(workdir: str | Path, name: str) -> dict[str, Any]:
 
 def _unreadable(file: Path, error: Exception) -> WorkdirError:
     return WorkdirError(
-        f"{file} cannot be read: {str(error).removesuffix('.')}. Put back a copy of it, or choose another"
-        " directory with --workdir."
+        f"{file} cannot be read: {str(error).removesuffix('.')}. Put back a copy of it, or give the directory"
+        " of another run."
     )
 
 

@@ -23,6 +23,7 @@ from adderflax.training.config import ConfigError, default_config
 
 ROOT = Path(__file__).parent.parent.parent
 DIGITS = ["--config", str(ROOT / "configs/digits_adder_vit.py")]
+WARM = str(ROOT / "weights/cifar10_adder_vit")
 
 
 def array(*shape, dtype=jnp.float32):
@@ -345,7 +346,12 @@ def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
         ([*DIGITS, "--config.data.image_size=9"], "image_size=9 is not a multiple"),
         ([*DIGITS, "--table=fp64"], "invalid choice: 'fp64'"),
         ([*DIGITS, "--convention=mac"], "invalid choice: 'mac'"),
-        ([*DIGITS, "extra"], "unknown argument extra"),
+        ([*DIGITS, "extra"], "extra and --config "),
+        ([WARM, "extra"], "unknown argument extra"),
+        (["--json"], "neither is given. Give one of them"),
+        ([WARM, "--config.seed=1"], f"{WARM} names a model as it was trained. Leave one of them out"),
+        ([DIGITS[1]], f"{DIGITS[1]} is a file. Give the directory of a run, or --config {DIGITS[1]}"),
+        (["/no/such/run"], "/no/such/run is not a run's workdir: it has no config.json"),
         (
             [*DIGITS, "--plot=/no/such/folder/x.png"],
             "x.png cannot be drawn: there is no directory /no/such/folder",
@@ -355,7 +361,6 @@ def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
             "config.json is no configuration file",
         ),
         (["--config", "configs/no_such.py"], "no_such.py"),
-        ([], "--config"),
     ],
 )
 def test_mistakes(capsys, arguments, expected):
@@ -363,9 +368,37 @@ def test_mistakes(capsys, arguments, expected):
     assert expected in message and "Traceback" not in message
 
 
-def test_the_module_runs_as_a_command_without_any_device():
+def test_a_trained_model_is_that_of_its_configuration(capsys):
+    file = [f"--config={ROOT / 'configs/cifar10_adder_vit.py'}:warm", "--config.model.dtype=float32"]
+    for arguments in (["--json"], ["--json", "--table", "exported"]):
+        assert run(capsys, WARM, *arguments) == run(capsys, *file, *arguments)
+    assert run(capsys, WARM).startswith(f"{WARM}: compact/4, one image of 32x32x3, 10 classes\n")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """What is read of an export; its run computed in bfloat16, on another machine."""
+    config = json.loads((Path(WARM) / "config.json").read_text())
+    config["model"] |= {"dtype": "bfloat16", "implementation": "tpu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "dataset.json").write_text((Path(WARM) / "dataset.json").read_text())
+    (tmp_path / "integers.json").write_text("{}")
+    return tmp_path
+
+
+def test_an_export_is_priced_as_what_it_computes(capsys, exported):
+    for asked, table in (([], "exported"), (["--table=fp32"], "fp32"), (["--table=traced"], "traced")):
+        full = ["--convention=full", "--json"]
+        found = json.loads(run(capsys, exported, *asked, *full))
+        assert found["table"] == table
+        # All but the adder layers computes in float32.
+        assert found == json.loads(run(capsys, WARM, f"--table={table}", *full))
+
+
+@pytest.mark.parametrize("model", [DIGITS, [WARM]], ids=["configuration", "weights"])
+def test_the_module_runs_as_a_command_without_any_device(model):
     done = subprocess.run(
-        [sys.executable, "-m", "adderflax.energy", *DIGITS, "--convention", "full", "--json"],
+        [sys.executable, "-m", "adderflax.energy", *model, "--convention", "full", "--json"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -25,7 +25,7 @@ from adderflax import (
     VisionTransformer,
     VisionTransformerConfig,
 )
-from adderflax.analysis.integers import on_grid, quantize, width
+from adderflax.analysis.integers import _similarity_operation, on_grid, quantize, width
 from adderflax.encoder import AdderCrossAttention, AdderSelfAttention
 from adderflax.operators import adder_conv
 
@@ -177,6 +177,29 @@ def test_the_grid_of_a_similarity_is_chosen_by_its_logits():
         chosen = quantize(model, variables, images, bits=bits).operations["block_0/attention"].exponent
         errors = {e: np.square(logits(e, bits) - logits()).mean() for e in range(-8, 4)}
         assert chosen == min(errors, key=errors.get)
+
+
+@pytest.mark.parametrize(("bits", "over_keys", "over_queries"), [(4, -2, 0), (8, -5, -4)])
+def test_what_shifts_all_logits_of_a_query_does_not_choose_the_grid(bits, over_keys, over_queries):
+    # One query lies far from every key: a fine grid cuts it off, which takes the same off all logits of its
+    # row, and the softmax ignores that. Without the mean over the queries instead it would count.
+    query, key = np.random.default_rng(0).normal(size=(2, 5, 2, 4))
+    query[0] += 6.0
+
+    def logits(axis, exponent=None):
+        q, k = query, key
+        if exponent is not None:
+            q, k = (expected_integers(a, exponent, bits) * 2.0**exponent for a in (q, k))
+        scores = -np.abs(q[:, None] - k[None]).sum(-1)  # [queries, keys, heads]
+        return scores - scores.mean(axis, keepdims=True)
+
+    best = {}
+    for axis in (0, 1):
+        errors = {e: np.square(logits(axis, e) - logits(axis)).mean() for e in range(-8, 4)}
+        best[axis] = min(errors, key=errors.get)
+    assert (best[1], best[0]) == (over_keys, over_queries)
+    operands = (jnp.float32(array.reshape(1, 5, 8)) for array in (query, key))
+    assert _similarity_operation(*operands, heads=2, bits=bits).exponent == over_keys
 
 
 def test_the_share_that_is_cut_off():

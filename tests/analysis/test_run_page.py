@@ -26,7 +26,8 @@ def begun(tmp_path):
     config = default_config()
     config.total_steps = 300
     config.data.data_dir = "<b>&sets"
-    path = workdir.open_workdir(tmp_path / "run", config.to_dict())
+    (path := tmp_path / "run").mkdir()
+    workdir.write_config(path, config.to_dict())
     workdir.write_info(path, INFO)
     return path
 

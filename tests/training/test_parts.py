@@ -183,14 +183,16 @@ def begin(path, config):
     """A workdir with a checkpoint."""
     workdir.open_workdir(path, config)
     (path / "checkpoints" / "2").mkdir(parents=True)
+    workdir.write_config(path, config)
 
 
 def test_workdir_without_a_checkpoint_takes_any_run(tmp_path):
     """A first command with a mistake in it can be corrected."""
-    workdir.open_workdir(tmp_path, CONFIG)
+    workdir.write_config(tmp_path, CONFIG)
     (tmp_path / "checkpoints").mkdir()
     workdir.open_workdir(tmp_path, CONFIG | {"seed": 1})
-    assert workdir.read_config(tmp_path)["seed"] == 1
+    # What may still be refused, for its data set, changes nothing.
+    assert workdir.read_config(tmp_path) == CONFIG
 
 
 def test_workdir_accepts_its_own_run_with_other_paths(tmp_path):
@@ -247,6 +249,28 @@ def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
                 pass
     with workdir.writing(tmp_path):
         pass
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    for path in (tmp_path, tmp_path / "runs" / "new"):
+        with pytest.raises(KeyboardInterrupt), workdir.writing(path):
+            raise KeyboardInterrupt
+        assert [entry.name for entry in tmp_path.iterdir()] == ["notes"]
+    with pytest.raises(KeyboardInterrupt), workdir.writing(tmp_path / "runs" / "new") as path:
+        workdir.write_config(path, CONFIG)
+        raise KeyboardInterrupt
+    assert [entry.name for entry in path.iterdir()] == ["config.json"]
+
+
+def test_a_lock_that_was_removed_locks_nothing(tmp_path, monkeypatch):
+    def lock(file, how):
+        (tmp_path / "lock").unlink()  # as a writer does that fails between the opening and the locking
+
+    monkeypatch.setattr(workdir.fcntl, "lockf", lock)
+    with pytest.raises(WorkdirError, match="being written by another process"):
+        with workdir.writing(tmp_path):
+            pass
 
 
 def test_workdir_is_extended_on_request_only(tmp_path):

@@ -380,6 +380,21 @@ def test_batch_that_does_not_divide(tmp_path):
         train(small_config(batch_size=33), tmp_path, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.image_size": 10}, "image_size=10 is not a multiple of patch_size=4"),
+        ({"distillation.teacher": "no/such/run", "distillation.soft_labels": 1.0}, "cannot be loaded"),
+        ({"warm_start.source": "no/such/run"}, "it does not exist"),
+        ({"batch_size": 2000}, "batch_size=2000"),
+    ],
+)
+def test_a_start_that_fails_leaves_nothing(tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        train(small_config(**fields), tmp_path / "runs" / "new", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match="cannot be written.*--workdir"):
