@@ -8,7 +8,6 @@ python -m adderflax.energy weights/cifar10_adder_vit
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from adderflax.analysis.configured import (
 from adderflax.analysis.energy_plot import draw
 from adderflax.analysis.energy_report import as_text, compare
 from adderflax.analysis.energy_tables import CONVENTIONS, MEMORY_DEFAULT
-from adderflax.training.command_line import load_config
+from adderflax.training.command_line import load_config, require_overrides
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
@@ -94,9 +93,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true", help="print one JSON object and no tables")
     parser.add_argument("--plot", metavar="FILE", help="draw stacked bars, such as energy.png")
     arguments, overrides = parser.parse_known_args(argv)
-    for override in overrides:
-        if not re.match(r"--?(no)?config\.", override):
-            parser.error(f"unknown argument {override}; fields are set by --config.a.b=value")
+    require_overrides(parser, overrides)
     directory = arguments.directory
     if (directory is None) == (arguments.config is None):
         given = "neither is" if directory is None else f"{directory} and --config {arguments.config} are"

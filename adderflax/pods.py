@@ -11,7 +11,6 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from adderflax import pipes
 from adderflax.analysis import pods
-from adderflax.training.command_line import load_config
+from adderflax.training.command_line import load_config, require_overrides
 from adderflax.training.config import ConfigError
 
 _CONFIGS = tuple(f"configs/imagenet_adder_deit_{size}.py" for size in ("ti", "s", "b"))
@@ -99,9 +98,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--output", type=Path, default=Path("results/pods.md"), help="the page (default results/pods.md)"
     )
     arguments, overrides = parser.parse_known_args(argv)
-    for override in overrides:
-        if not re.match(r"--?(no)?config\.", override):
-            parser.error(f"unknown argument {override}; fields are set by --config.a.b=value")
+    require_overrides(parser, overrides)
     return arguments, overrides
 
 

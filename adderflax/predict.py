@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from adderflax import pipes
-from adderflax.analysis.integer_files import holds_integers, load_integers
+from adderflax.analysis.integer_files import load_integers
 from adderflax.data import normalize_batch, preprocess_image
 from adderflax.training import profiling
 from adderflax.training.config import ConfigError
 from adderflax.training.restore import load_model
-from adderflax.training.workdir import WorkdirError
+from adderflax.training.workdir import WorkdirError, holds_integers
 
 
 def predict(workdir: str | Path, images: Sequence, *, best: bool = False) -> list[dict[str, float]]:

@@ -20,13 +20,12 @@ import numpy as np
 
 from adderflax import pipes
 from adderflax.analysis.configured import image_set
-from adderflax.data import augment_batch
 from adderflax.models.families import build_model
 from adderflax.training import sharding
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError, RunConfig
-from adderflax.training.optimizer import make_optimizer
-from adderflax.training.state import init_state, make_train_step
+from adderflax.training.state import init_state
+from adderflax.training.trainer import configured_update
 from benchmarks.timing import alternate, machine
 
 _PARTS = {"": "forward", "_gradient_x": "input gradient", "_gradient_y": "weight gradient"}
@@ -38,11 +37,16 @@ def split_step(run: RunConfig) -> dict[str, float]:
 
     The first step is traced and compiled, or read from the cache of compiled programs, before it runs.
     """
+    if run.distillation.teacher is not None:
+        raise ConfigError(
+            f"distillation.teacher={run.distillation.teacher!r} computes on every batch too, whose time would"
+            " count as the rest: time a configuration without a teacher, as configs/cifar10_adder_vit.py."
+        )
     info = image_set(run.data)
     model = build_model(run.model_config(info))
     mesh = sharding.make_mesh()
-    optimizer, _ = make_optimizer(run.optimizer, total_steps=1000)
-    state = init_state(model, optimizer, seed=run.seed, with_ema=run.ema_decay > 0, mesh=mesh)
+    update = configured_update(run, model, info, mesh, total_steps=1000)
+    state = init_state(model, update.optimizer, seed=run.seed, with_ema=run.ema_decay > 0, mesh=mesh)
     random = np.random.default_rng(0)
     shape = (run.batch_size, info.image_size, info.image_size, info.channels)
     batch = {
@@ -50,20 +54,12 @@ def split_step(run: RunConfig) -> dict[str, float]:
         "label": random.integers(0, info.num_classes, run.batch_size, np.int32),
     }
     batch = sharding.put_batch(batch, mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        lambda key, images, labels: augment_batch(key, images, labels, config=run.augment, info=info),
-        ema_decay=run.ema_decay,
-        accumulation_steps=run.accumulation_steps,
-        mesh=mesh,
-    )
     with jax.set_mesh(mesh):
-        calls = adder_calls(jax.make_jaxpr(step)(state, batch).jaxpr)
+        calls = adder_calls(jax.make_jaxpr(update.step)(state, batch).jaxpr)
 
         def one_step():
             nonlocal state
-            state, metrics = step(state, batch)
+            state, metrics = update.step(state, batch)
             return metrics
 
         begun = time.perf_counter()

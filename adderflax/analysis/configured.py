@@ -15,7 +15,7 @@ from adderflax.models.classifier import abstract_variables, image_shape
 from adderflax.models.families import ModelConfig, build_model
 from adderflax.training.config import ConfigError, RunConfig
 from adderflax.training.restore import config_here
-from adderflax.training.workdir import INTEGERS, read_info
+from adderflax.training.workdir import holds_integers, read_info
 
 # (image size, channels, classes). Sets whose images vary in size are trained at 224.
 KNOWN_SETS = {
@@ -99,7 +99,7 @@ def trained_model(directory: str | Path) -> tuple[str, ModelConfig, bool]:
         WorkdirError: there is no such description, or it cannot be read.
     """
     run = RunConfig.parse(config_here(directory))
-    model, exported = run.model_config(read_info(directory)), (Path(directory) / INTEGERS).exists()
+    model, exported = run.model_config(read_info(directory)), holds_integers(directory)
     return run.model["variant"], in_float32(build_model(model)).config if exported else model, exported
 
 

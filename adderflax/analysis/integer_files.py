@@ -191,11 +191,6 @@ def _telling_of(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def holds_integers(directory: str | Path) -> bool:
-    """Whether `export_workdir` has written a directory."""
-    return (Path(directory) / INTEGERS).exists()
-
-
 def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
     """Loads what `export_workdir` has written.
 

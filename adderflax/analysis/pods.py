@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from adderflax import data as data_lib
 from adderflax.analysis.configured import image_set
 from adderflax.models.families import build_model
 from adderflax.training import sharding
-from adderflax.training.config import ConfigError, RunConfig
-from adderflax.training.optimizer import make_optimizer
-from adderflax.training.state import abstract_state, make_train_step
+from adderflax.training.config import ConfigError, RunConfig, as_config_error
+from adderflax.training.state import abstract_state
+from adderflax.training.trainer import configured_update
 
 GIB = 2**30
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
@@ -109,11 +108,9 @@ def compile_update(config: ConfigDict, pod_name: str, known: list[dict[str, Any]
             " left out here: only runs without a teacher are compiled ahead of time."
         )
     model = build_model(run.model_config(image_set(run.data)))
-    try:
+    with as_config_error():
         mesh = sharding.make_mesh(devices, run.mesh)
         sharding.require_divisible(run.batch_size, mesh, run.accumulation_steps)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered, state = _lower(run, model, mesh)
     program = lowered.as_text()
@@ -147,26 +144,15 @@ def compile_update(config: ConfigDict, pod_name: str, known: list[dict[str, Any]
 
 def _lower(run, model, mesh):
     info = image_set(run.data)
-    optimizer, _ = make_optimizer(run.optimizer, total_steps=_STEPS)
-    step = make_train_step(
-        model,
-        optimizer,
-        lambda key, images, labels: data_lib.augment_batch(
-            key, images, labels, config=run.augment, info=info
-        ),
-        ema_decay=run.ema_decay,
-        accumulation_steps=run.accumulation_steps,
-        anneal_steps=round(run.anneal_fraction * _STEPS),
-        mesh=mesh,
-    )
-    state = abstract_state(model, optimizer, with_ema=run.ema_decay > 0, mesh=mesh)
+    update = configured_update(run, model, info, mesh, _STEPS)
+    state = abstract_state(model, update.optimizer, with_ema=run.ema_decay > 0, mesh=mesh)
     rows = sharding.batch_sharding(mesh)
     images = (run.batch_size, info.image_size, info.image_size, info.channels)
     batch = {
         "image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=rows),
         "label": jax.ShapeDtypeStruct((run.batch_size,), jnp.int32, sharding=rows),
     }
-    return step.lower(state, batch), state
+    return update.step.lower(state, batch), state
 
 
 def count_collectives(program: str) -> dict[str, list[int]]:

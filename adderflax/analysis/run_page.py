@@ -7,19 +7,16 @@ It reads only the small files of a workdir, no checkpoint and no data, so it als
 import dataclasses
 import datetime
 import html
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-from flax.traverse_util import flatten_dict
 
 from adderflax.analysis.run_curves import draw_panel, legend, panels_for
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.config import RunConfig, default_config
 from adderflax.training.environment import read_starts
 from adderflax.training.metrics import read_metrics
-from adderflax.training.workdir import WorkdirError
+from adderflax.training.workdir import WorkdirError, flatten
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1b1e24; --muted: #5c6370; --line: #d9dce1;
@@ -215,8 +212,8 @@ def _curves(run: Run) -> list[str]:
 
 
 def _configuration(run: Run) -> list[str]:
-    defaults = json.loads(json.dumps(default_config(run.config["model"]["arithmetic"]).to_dict()))
-    defaults, values = (flatten_dict(tree, sep=".") for tree in (defaults, run.config))
+    defaults = flatten(default_config(run.config["model"]["arithmetic"]).to_dict())
+    values = flatten(run.config)
     changed = [name for name in values if values[name] != defaults.get(name)]
     rows = ([name, _value(values[name]), _value(defaults.get(name))] for name in changed)
     rest = ([name, _value(values[name])] for name in values if name not in changed)
@@ -228,7 +225,7 @@ def _configuration(run: Run) -> list[str]:
     ]
     if run.info:
         model = dataclasses.asdict(RunConfig.parse(run.config).model_config(run.info))
-        built = ([name, _value(value)] for name, value in flatten_dict(model, sep=".").items())
+        built = ([name, _value(value)] for name, value in flatten(model).items())
         parts.append(_details("The model as built", _table(["field", "value"], built)))
         info = {name: value for name, value in dataclasses.asdict(run.info).items() if name != "class_names"}
         parts.append(

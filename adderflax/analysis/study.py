@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from adderflax.analysis.configured import inference_ledger
@@ -32,7 +31,7 @@ from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
-from adderflax.training.workdir import read_info
+from adderflax.training.workdir import differing_fields, flatten, read_info
 
 # Where the data lies and how a machine computes is no part of what a run is.
 _MACHINE_FIELDS = {
@@ -178,16 +177,11 @@ def load_study(file: str | Path) -> Study:
 
 
 def _require_same(line: dict[str, Any], config: ConfigDict) -> None:
-    there, now = line["config"], _flat(config)
-    # A field that is younger than the line had, in effect, its default when the line was written.
-    defaults = _flat(default_config())
-    names = sorted(there.keys() | now.keys())
-    pairs = ((name, there.get(name, defaults.get(name)), now.get(name)) for name in names)
-    differing = [f"{name} ({old!r} there, {new!r} now)" for name, old, new in pairs if old != new]
+    differing = differing_fields(line["config"], _flat(config), _flat(default_config()))
     if differing:
         raise StudyError(
             f"The finished line of run {line['name']!r}, seed {line['seed']}, was computed with"
-            f" another configuration than the description now gives: {'; '.join(differing)}. Give"
+            f" another configuration than the description now gives: {'; '.join(differing.values())}. Give"
             " the changed run another name, take the change back, or delete the line and the run's"
             " directory to run it anew."
         )
@@ -195,8 +189,7 @@ def _require_same(line: dict[str, Any], config: ConfigDict) -> None:
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
     """Every field that says what a run is, by its dotted name, as JSON would read it back."""
-    flat = traverse_util.flatten_dict(json.loads(json.dumps(config.to_dict())), sep=".")
-    return {name: value for name, value in flat.items() if name not in _MACHINE_FIELDS}
+    return {name: value for name, value in flatten(config.to_dict()).items() if name not in _MACHINE_FIELDS}
 
 
 def read_lines(file: str | Path) -> list[dict[str, Any]]:

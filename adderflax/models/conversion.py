@@ -232,7 +232,7 @@ def _shapes(config: VisionTransformerConfig) -> dict[Path, tuple[int, ...]]:
 def _require_equal_sizes(config_from: VisionTransformerConfig, config_to: VisionTransformerConfig) -> None:
     def sizes(config):
         found = {name: getattr(config, name) for name in _SIZES}
-        return found | {"mlp_dim": config.mlp_dim or 4 * config.embed_dim}
+        return found | {"mlp_dim": config.resolved().mlp_dim}
 
     ours, theirs = sizes(config_to), sizes(config_from)
     if different := [name for name in _SIZES if ours[name] != theirs[name]]:

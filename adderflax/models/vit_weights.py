@@ -125,7 +125,7 @@ def convert_vit_weights(state: Mapping[str, Any], config: VisionTransformerConfi
 
 
 def _timm_leaves(config: VisionTransformerConfig, tokens: int, classes: int) -> Iterator[_Leaf]:
-    D, P, hidden = config.embed_dim, config.patch_size, config.mlp_dim or 4 * config.embed_dim
+    D, P, hidden = config.embed_dim, config.patch_size, config.resolved().mlp_dim
 
     def linear(path, name, inputs, outputs):
         yield _Leaf(f"{path}/kernel", f"{name}.weight", (outputs, inputs), np.transpose)
@@ -158,7 +158,7 @@ def _timm_leaves(config: VisionTransformerConfig, tokens: int, classes: int) -> 
 
 
 def _google_leaves(config: VisionTransformerConfig, tokens: int, classes: int) -> Iterator[_Leaf]:
-    D, P, hidden = config.embed_dim, config.patch_size, config.mlp_dim or 4 * config.embed_dim
+    D, P, hidden = config.embed_dim, config.patch_size, config.resolved().mlp_dim
     heads = (config.num_heads, D // config.num_heads)
 
     def linear(path, name, inputs, outputs):  # any axes of inputs, any of outputs: both are one for us

@@ -1,5 +1,6 @@
 """``--config FILE[:argument] --config.a.b=value``, with mistakes told in one paragraph."""
 
+import argparse
 import difflib
 import linecache
 import re
@@ -64,6 +65,13 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
     parse(values, holder, command)
     return holder.value
+
+
+def require_overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+    """Ends a command with a usage error if arguments that its parser left over are no --config.a.b=value."""
+    for argument in rest:
+        if not re.match(r"--?(no)?config\.", argument):
+            parser.error(f"unknown argument {argument}; fields are set by --config.a.b=value")
 
 
 def _require_file(flag: str, command: Sequence[str]) -> None:

@@ -4,9 +4,11 @@
 ConfigDict, command line included, into typed and checked parts.
 """
 
+import contextlib
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 try:
@@ -29,6 +31,17 @@ _DERIVED_MODEL_FIELDS = ("image_size", "channels", "num_classes")
 
 class ConfigError(ValueError):
     """A configuration that cannot be run, with what to change."""
+
+
+@contextlib.contextmanager
+def as_config_error() -> Iterator[None]:
+    """Raises a ValueError, by which a part refuses what the configuration says, as a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,16 +58,6 @@ def config_here(workdir: str | Path) -> dict[str, Any]:
     return saved | {"mesh": {}, "model": model}
 
 
-def require_run(workdir: str | Path) -> None:
-    """Raises a WorkdirError if a directory holds integers in place of a run."""
-    if (Path(workdir) / workdir_lib.INTEGERS).exists():
-        raise workdir_lib.WorkdirError(
-            f"{workdir} holds an export, integers that python -m adderflax.predict and"
-            " adderflax.analysis.integer_files.load_integers read. Give the directory of the run that it was"
-            " made from."
-        )
-
-
 def data_from(config: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
     """A run's whole configuration with its data sets in `data_dir`; as it is where that is None."""
     return config if data_dir is None else config | {"data": config["data"] | {"data_dir": data_dir}}
@@ -88,7 +78,12 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
       WorkdirError: the directory holds no run, no checkpoint yet, what does not fit its config.json, or an
         export.
     """
-    require_run(workdir)
+    if workdir_lib.holds_integers(workdir):
+        raise workdir_lib.WorkdirError(
+            f"{workdir} holds an export, integers that python -m adderflax.predict and"
+            " adderflax.analysis.integer_files.load_integers read. Give the directory of the run that it was"
+            " made from."
+        )
     run = RunConfig.parse(config_here(workdir))
     info = workdir_lib.read_info(workdir)
     model = build_model(run.model_config(info))

@@ -1,13 +1,16 @@
 """The training loop: model, data, optimizer, checkpoints and figures composed, and nothing else."""
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import optax
+from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,7 +19,8 @@ from adderflax.models.families import build_model
 from adderflax.training import distributed, divergence, environment, inheritance, profiling, sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
-from adderflax.training.config import ConfigError, RunConfig, default_config
+from adderflax.training.config import RunConfig, as_config_error, default_config
+from adderflax.training.distillation import Teacher
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.preemption import StopSignals
@@ -30,6 +34,51 @@ from adderflax.training.state import (
 )
 from adderflax.training.steplog import DivergenceError, StepLog, progress_bar
 from adderflax.training.workdir import WorkdirError
+
+
+class Update(NamedTuple):
+    """One update, as a run's configuration describes it.
+
+    Attributes:
+      step: ``(state, batch) -> (state, metrics)``, compiled (`make_train_step`).
+      optimizer: of its state.
+      schedule: number of updates -> learning rate of the next.
+      augment: (key, images, labels) -> (images, targets).
+      anneal_steps: updates over which the exponent of the distance falls.
+    """
+
+    step: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[int], Any]
+    augment: Callable[..., Any]
+    anneal_steps: int
+
+
+def configured_update(
+    run: RunConfig,
+    model: nn.Module,
+    info: data_lib.DatasetInfo,
+    mesh: Mesh,
+    total_steps: int,
+    *,
+    teacher: Teacher | None = None,
+) -> Update:
+    """The update of a run of so many steps, on images that `info` describes."""
+    optimizer, schedule = make_optimizer(run.optimizer, total_steps)
+    augment = functools.partial(data_lib.augment_batch, config=run.augment, info=info)
+    anneal_steps = math.ceil(run.anneal_fraction * total_steps)
+    step = make_train_step(
+        model,
+        optimizer,
+        augment,
+        ema_decay=run.ema_decay,
+        accumulation_steps=run.accumulation_steps,
+        skip_nonfinite_steps=run.skip_nonfinite_steps,
+        anneal_steps=anneal_steps,
+        teacher=teacher,
+        mesh=mesh,
+    )
+    return Update(step, optimizer, schedule, augment, anneal_steps)
 
 
 class Trainer:
@@ -52,38 +101,25 @@ class Trainer:
         """
         self.config = RunConfig.parse(config)
         require_implementation(self.config)
-        self.mesh = _make_mesh(self.config)
-        try:
+        with as_config_error():
+            self.mesh = sharding.make_mesh(config=self.config.mesh)
             self.dataset = distributed.first_process_first(
                 lambda: data_lib.load_dataset(self.config.data), "load_dataset"
             )
             model = self.config.model_config(self.dataset.info)
             heads = getattr(model, "num_heads", None)
-            hidden = heads and (model.mlp_dim or 4 * model.embed_dim)
+            hidden = heads and model.resolved().mlp_dim
             sharding.require_tensor_fits(self.mesh, heads, hidden)
             self.model = build_model(model)
             self._teacher = inheritance.load_teacher(self.config.distillation, self.dataset.info, self.model)
             self._share = dict(zip(("process_index", "process_count"), sharding.process_share(self.mesh)))
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        self.total_steps = self.config.num_steps(self.dataset.info)
-        self.optimizer, self._schedule = make_optimizer(self.config.optimizer, self.total_steps)
-        self._anneal_steps = math.ceil(self.config.anneal_fraction * self.total_steps)
-        self._state_options = {"with_ema": self.config.ema_decay > 0, "mesh": self.mesh}
         info = self.dataset.info
-        self.train_step = make_train_step(
-            self.model,
-            self.optimizer,
-            self._augment,
-            ema_decay=self.config.ema_decay,
-            accumulation_steps=self.config.accumulation_steps,
-            skip_nonfinite_steps=self.config.skip_nonfinite_steps,
-            anneal_steps=self._anneal_steps,
-            teacher=self._teacher,
-            mesh=self.mesh,
+        self.total_steps = self.config.num_steps(info)
+        self._update = configured_update(
+            self.config, self.model, info, self.mesh, self.total_steps, teacher=self._teacher
         )
+        self.optimizer, self.train_step = self._update.optimizer, self._update.step
+        self._state_options = {"with_ema": self.config.ema_decay > 0, "mesh": self.mesh}
         self.eval_step = make_eval_step(
             self.model, lambda images: data_lib.normalize_batch(images, info), mesh=self.mesh
         )
@@ -95,12 +131,10 @@ class Trainer:
           ConfigError: the model that `warm_start` names cannot be used.
         """
         run = self.config
-        try:
+        with as_config_error():
             inherited = inheritance.inherited_params(
                 run.warm_start, self.model.config, self.dataset, run.data
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         return init_state(self.model, self.optimizer, seed=run.seed, params=inherited, **self._state_options)
 
     def abstract_state(self) -> TrainState:
@@ -109,7 +143,7 @@ class Trainer:
 
     def train_batches(self) -> Any:
         """The endless, checkpointable grain iterator over training batches."""
-        try:
+        with as_config_error():
             return data_lib.train_iterator(
                 self.dataset,
                 self.config.data,
@@ -118,8 +152,6 @@ class Trainer:
                 seed=self.config.seed,
                 **self._share,
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
     def find_culprit(self, state: TrainState, batch: dict[str, Any]) -> str:
         """Which layer went first in the update from `state` on a host batch, in a sentence."""
@@ -127,19 +159,15 @@ class Trainer:
             self.model,
             state,
             sharding.put_batch(batch, self.mesh),
-            self._augment,
+            self._update.augment,
             accumulation_steps=self.config.accumulation_steps,
-            anneal_steps=self._anneal_steps,
+            anneal_steps=self._update.anneal_steps,
             teacher=self._teacher,
         )
 
-    def _augment(self, key, images, labels):
-        info = self.dataset.info
-        return data_lib.augment_batch(key, images, labels, config=self.config.augment, info=info)
-
     def learning_rate(self, step: int) -> float:
         """The learning rate of the update that follows `step` updates."""
-        return float(self._schedule(step))
+        return float(self._update.schedule(step))
 
     def evaluate(self, variables: dict[str, Any], part: str, *, progress: bool = False) -> dict[str, float]:
         """Figures of a model's variables over "validation" or "test", every image counted once.
@@ -217,7 +245,9 @@ def train(
     run = RunConfig.parse(config)
     plain = config.to_dict() if isinstance(config, ConfigDict) else config
     # Everything that can be refused is refused before data is read, which may mean downloading it.
-    _require_divisible(run)
+    with as_config_error():
+        mesh = sharding.make_mesh(config=run.mesh)
+        sharding.require_divisible(run.batch_size, mesh, run.accumulation_steps)
     with contextlib.ExitStack() as held:
         first_process = jax.process_index() == 0
 
@@ -366,20 +396,6 @@ def evaluate(
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """What the fields had, in effect, in a run that is older than they are."""
     return default_config(config["model"]["arithmetic"]).to_dict()
-
-
-def _make_mesh(run: RunConfig) -> Mesh:
-    try:
-        return sharding.make_mesh(config=run.mesh)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _require_divisible(run: RunConfig) -> None:
-    try:
-        sharding.require_divisible(run.batch_size, _make_mesh(run), run.accumulation_steps)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _last_speed(workdir: Path) -> float | None:

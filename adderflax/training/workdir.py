@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from flax import traverse_util
 
 from adderflax.data import DatasetInfo
 
@@ -158,7 +160,7 @@ def open_workdir(
             " Choose another directory with --workdir; to go on from that model name it as"
             " --config.warm_start.source."
         )
-    if (path / INTEGERS).exists():
+    if holds_integers(path):
         raise WorkdirError(
             f"{path} holds a model that was exported as integers, {INTEGERS}, to which a run there would not"
             " belong. Choose another directory with --workdir."
@@ -223,6 +225,11 @@ def read_summary(workdir: Path, *, steps: int) -> dict[str, Any] | None:
     return summary if summary["steps"] == steps else None
 
 
+def holds_integers(directory: str | Path) -> bool:
+    """Whether an export of integers (`adderflax.analysis.integer_files`) is there, in place of a run."""
+    return (Path(directory) / INTEGERS).exists()
+
+
 def require_same(
     workdir: str | Path,
     config: dict[str, Any],
@@ -240,39 +247,48 @@ def require_same(
         had, in effect, its default when the run began. A field that exists no more is never filled in.
     """
     path = Path(workdir).absolute()
-    new, filled = _flatten(config), _flatten(defaults or {})
-    old = {name: filled[name] for name in new if name in filled} | _flatten(read_config(workdir))
+    new, old = flatten(config), flatten(read_config(workdir))
     free = _FREE_FIELDS | ({"total_steps", "epochs"} if extend else set())
     if "tfrecord" in (old.get("data.backend"), new.get("data.backend")):
         free -= _FREE_UNLESS_TFRECORD
-    differing = [
-        f"{name} ({_told(old, name)} there, {_told(new, name)} now)"
-        for name in sorted(old.keys() | new.keys())
-        if name not in free and old.get(name) != new.get(name)
-    ]
+    differing = differing_fields(old, new, flatten(defaults or {}))
+    differing = {name: text for name, text in differing.items() if name not in free}
     if not differing:
         return
-    lengthens = all(text.split(" ")[0] in ("total_steps", "epochs") for text in differing)
+    lengthens = differing.keys() <= {"total_steps", "epochs"}
     raise WorkdirError(
-        f"The workdir {path} holds a run of another configuration: {'; '.join(differing)}. Choose another"
-        " directory with --workdir, give the same configuration to resume that run, or delete the directory."
-        + (" To go on with another number of steps, add --extend." if lengthens else "")
+        f"The workdir {path} holds a run of another configuration: {'; '.join(differing.values())}. Choose"
+        " another directory with --workdir, give the same configuration to resume that run, or delete the"
+        " directory." + (" To go on with another number of steps, add --extend." if lengthens else "")
     )
 
 
-def _told(flat: dict[str, Any], name: str) -> str:
-    return repr(flat[name]) if name in flat else "no such field"
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """Every field of a nested configuration by its dotted name, with its value as JSON would give it back."""
+    return traverse_util.flatten_dict(json.loads(json.dumps(config)), sep=".")
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name, with its value as JSON would give it back."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = json.loads(json.dumps(value))
-    return flat
+def differing_fields(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, str]:
+    """Which fields of two flat configurations differ, by name: "NAME (VALUE there, VALUE now)".
+
+    Args:
+      old: of what is there.
+      new: of what is wanted now.
+      defaults: a field that is younger than `old` had, in effect, its default. One that exists no more is
+        never filled in.
+    """
+    old = {name: defaults[name] for name in new if name in defaults} | dict(old)
+
+    def told(flat, name):
+        return repr(flat[name]) if name in flat else "no such field"
+
+    return {
+        name: f"{name} ({told(old, name)} there, {told(new, name)} now)"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }
 
 
 def _read_json(workdir: str | Path, name: str) -> dict[str, Any]:

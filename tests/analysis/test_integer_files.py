@@ -15,7 +15,7 @@ import pytest
 from integer_models import SMALL, RawSums, dense_sums, model_of
 
 from adderflax import AdderConv, export
-from adderflax.analysis.integer_files import export_workdir, holds_integers, load_integers, write_integers
+from adderflax.analysis.integer_files import export_workdir, load_integers, write_integers
 from adderflax.analysis.integer_reference import Export, convolution, distances
 from adderflax.analysis.integers import in_float32, quantize, width
 from adderflax.data import DataConfig, load_dataset, normalize_batch
@@ -24,7 +24,7 @@ from adderflax.predict import predict
 from adderflax.training.config import default_config
 from adderflax.training.restore import load_model
 from adderflax.training.trainer import evaluate, train
-from adderflax.training.workdir import WorkdirError
+from adderflax.training.workdir import WorkdirError, holds_integers
 
 ALL_ADD = {"patch_embedding": "adder", "head": "adder", "aggregation": "l1"}
 
