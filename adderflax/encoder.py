@@ -110,6 +110,8 @@ class EncoderConfig:
         require_choice("dtype", self.dtype, DTYPES)
         for name in ("embed_dim", "num_heads"):
             require_count(name, getattr(self, name))
+        for name in ("identity", "power_activation", "centered", "use_bias", "remat"):
+            require_choice(name, getattr(self, name), (True, False))
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}: every head"
@@ -130,8 +132,8 @@ class EncoderConfig:
                 f"mlp_convolution={self.mlp_convolution!r} is of a convolution that is not there: set"
                 " mlp_kernel_size, as 3, or leave mlp_convolution unset."
             )
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in [0, 1).")
+        if not (is_finite(self.drop_path_rate) and 0.0 <= self.drop_path_rate < 1.0):
+            raise ValueError(f"drop_path_rate={self.drop_path_rate!r} must be a number in [0, 1).")
         if not (is_finite(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
             raise ValueError(
                 f"layer_norm_epsilon={self.layer_norm_epsilon!r} must be a number greater than 0."

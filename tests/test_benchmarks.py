@@ -15,7 +15,7 @@ import pytest
 
 from adderflax import adder_matmul
 from adderflax.training.command_line import load_config
-from adderflax.training.config import RunConfig
+from adderflax.training.config import ConfigError, RunConfig
 from benchmarks import operators, step, templates, timing
 
 
@@ -93,6 +93,12 @@ def test_a_step_is_split():
     assert min(parts) > 0
     assert figures["rest"] == pytest.approx(figures["step"] - sum(parts))
     assert figures["first step"] > figures["step"]
+
+
+def test_a_step_with_a_teacher_is_refused():
+    fields = ["--config.distillation.teacher=weights/cifar10_twin", "--config.distillation.soft_labels=0.5"]
+    with pytest.raises(ConfigError, match="distillation.teacher='weights/cifar10_twin' computes on every"):
+        step.split_step(RunConfig.parse(load_config("configs/digits_adder_vit.py", fields)))
 
 
 def test_templates_that_follow_the_moments_agree_better():

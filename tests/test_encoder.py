@@ -231,6 +231,12 @@ def test_stochastic_depth_drops_whole_branches_and_rescales():
         ({"power_activation": True, "normalization": "none"}, "power_activation=True.*'layer'"),
         ({"similarity": "l2"}, "similarity='l2' is not known; choose one of 'l1', 'dot'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate='0.1' must be a number"),
+        ({"drop_path_rate": None}, "drop_path_rate=None must be a number"),
+        *(
+            ({name: "no"}, f"{name}='no' is not known; choose one of True, False")
+            for name in ("identity", "power_activation", "centered", "use_bias", "remat")
+        ),
         ({"mlp_dim": 0}, "mlp_dim=0 must be a whole number, at least 1, or None"),
         ({"embed_dim": 8.0}, "embed_dim=8.0 must be a whole number, at least 1"),
         ({"num_heads": True}, "num_heads=True must be a whole number"),

@@ -191,8 +191,9 @@ def _beside_adders(model: Ledger, twin: Ledger) -> Ledger:
     entries = list(twin.entries)
     for path, indices in theirs.items():
         for own, index in zip(ours[path], indices) if len(ours.get(path, ())) == len(indices) else ():
-            beside = entries[index].kind == PRODUCT and model.entries[own].kind == ADDER
-            entries[index] = dataclasses.replace(entries[index], beside_adder=beside)
+            if entries[index].kind == PRODUCT and model.entries[own].kind == ADDER:
+                kind = model.entries[own].priced_as or ADDER
+                entries[index] = dataclasses.replace(entries[index], priced_as=kind)
     return dataclasses.replace(twin, entries=tuple(entries))
 
 
@@ -240,17 +241,23 @@ def as_text(report: Report, convention: str) -> str:
     return "\n".join(lines)
 
 
+def _unit(report: Report) -> tuple[str, float]:
+    """The unit of the tables, and how many of it are a millijoule."""
+    return ("mJ", 1.0) if min(part.total for part in report.total("paper")) >= 0.1 else ("uJ", 1e3)
+
+
 def _parts_table(report: Report) -> list[str]:
+    unit, factor = _unit(report)
     lines = [
         f"{'':26}{'paper':^26} {'full':^26} {'of it memory':^18}",
-        f"{'mJ an image':26}" + f"{'model':>9}{'twin':>9}{'ratio':>8} " * 2 + f"{'model':>9}{'twin':>9}",
+        f"{unit + ' an image':26}" + f"{'model':>9}{'twin':>9}{'ratio':>8} " * 2 + f"{'model':>9}{'twin':>9}",
     ]
     rows = [(part.name, part.model, part.twin) for part in report.parts]
     totals = {name: report.total(name) for name in CONVENTIONS}
     rows.append(("total", *({name: pair[i] for name, pair in totals.items()} for i in range(2))))
     for name, model, twin in rows:
-        cells = "".join(_pair(model[c].total, twin[c].total) + " " for c in CONVENTIONS)
-        memory = f"{model['full'].memory:9.3f}{twin['full'].memory:9.3f}"
+        cells = "".join(_pair(factor * model[c].total, factor * twin[c].total) + " " for c in CONVENTIONS)
+        memory = f"{factor * model['full'].memory:9.3f}{factor * twin['full'].memory:9.3f}"
         lines.append(f"{name:26}{cells}{memory}")
     return lines
 
@@ -273,9 +280,10 @@ def _difference_table(report: Report) -> list[str]:
                 "= full": full.total,
             }
         )
-    lines = [f"{'what the difference is, mJ':55}{'model':>9}{'twin':>9}"]
+    unit, factor = _unit(report)
+    lines = [f"{'what the difference is, ' + unit:55}{'model':>9}{'twin':>9}"]
     for name in columns[0]:
-        lines.append(f"{name:55}{columns[0][name]:9.3f}{columns[1][name]:9.3f}")
+        lines.append(f"{name:55}{factor * columns[0][name]:9.3f}{factor * columns[1][name]:9.3f}")
     by_name = {part.name: part for part in report.parts}
     for name in (SOFTMAX, NORMALIZATION):
         if name in by_name:

@@ -88,7 +88,7 @@ class EnergyTable:
         elsewhere: format of all other floating-point arithmetic, likewise.
         memory: picojoules of moving a byte, by level of memory.
         adders: formats of the numbers and of the sums of adder operators, and of products that stand in
-            their place in a twin (`Entry.beside_adder`); None means those of all products.
+            their place in a twin (`Entry.priced_as`); None means those of all products.
     """
 
     name: str
@@ -178,8 +178,9 @@ TABLES: Mapping[str, EnergyTable] = {
             "exported",
             "float32",
             "float32",
-            "what python -m adderflax.export writes: adder operators, and the products in their place in "
-            "the twin, in int8 with sums in int32, all else in fp32; rounding to int8 is not counted",
+            "what python -m adderflax.export writes: adder operators but for A V, and the products in "
+            "their place in the twin, in int8 with sums in int32, all else in fp32; rounding to int8 is "
+            "not counted",
             adders=("int8", "int32"),
         ),
         _horowitz(
@@ -317,7 +318,7 @@ def _bytes(entry: Entry, table: EnergyTable) -> int:
 
 
 def _priced_as(entry: Entry) -> str:
-    return ADDER if entry.beside_adder else entry.kind
+    return entry.priced_as or entry.kind
 
 
 def _choices(names) -> str:

@@ -71,7 +71,8 @@ class Entry:
         read: elements read, by dtype.
         written: elements written, by dtype.
         sums: dtype in which a product or an adder adds up, otherwise "".
-        beside_adder: whether it is a product of a twin that stands where the model adds.
+        priced_as: the kind in whose number formats it is priced, where that is another one: a product of a
+            twin that stands where the model adds, or an adder operator that an export leaves in float32.
     """
 
     path: str
@@ -83,7 +84,7 @@ class Entry:
     read: Mapping[str, int]
     written: Mapping[str, int]
     sums: str = ""
-    beside_adder: bool = False
+    priced_as: str = ""
 
 
 class Unknown(NamedTuple):

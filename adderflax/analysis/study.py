@@ -92,8 +92,8 @@ class Run:
             RunConfig.parse(config)
         except (ConfigError, KeyError, OSError, TypeError, ValueError) as error:
             raise StudyError(
-                f"Run {self.name!r} cannot be configured from {self.config}, seen from"
-                f" {os.getcwd()}: {error}. Correct `config` or `overrides`; the fields are those of"
+                f"Run {self.name!r} cannot be configured from {self.config}, seen from {os.getcwd()}:"
+                f" {str(error).rstrip('.')}. Correct `config` or `overrides`; the fields are those of"
                 " adderflax/training/config.py."
             ) from error
         return config

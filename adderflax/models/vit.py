@@ -116,7 +116,7 @@ class VisionTransformerConfig(EncoderConfig):
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: the image"
-                " is cut into whole square patches. Choose another image size, or another variant:"
+                " is cut into whole square patches. Choose another of the two, or another variant:"
                 f" {', '.join(VARIANTS)}."
             )
         if self.mlp_kernel_size is not None and self.pooling == "token":

@@ -17,6 +17,14 @@ from adderflax.training.distillation import DistillationConfig, Teacher
 from adderflax.training.restore import load_model
 from adderflax.training.workdir import WorkdirError, has_checkpoints
 
+# What a published ViT computes, whatever the model that it starts computes.
+_PUBLISHED = PRESETS["vit"] | {
+    "attention_scale": None,
+    "layer_norm_epsilon": 1e-6,
+    "power_activation": False,
+    "centered": False,
+}
+
 
 def load_teacher(config: DistillationConfig, info: DatasetInfo, student: nn.Module) -> Teacher | None:
     """The teacher of a run on a data set, or None where the configuration names none.
@@ -86,12 +94,12 @@ def inherited_params(
                 raise ValueError("it holds no Vision Transformer, and no other model can be converted.")
             model_from, params = module.config, variables["params"]
         else:
-            model_from = dataclasses.replace(model, **PRESETS["vit"])
+            model_from = dataclasses.replace(model, **_PUBLISHED)
             params = load_vit_weights(source, model_from)
         # The first images of the training part, whose order is random; every process takes the same.
         count = min(config.images, len(dataset.train))
         batch = next(evaluation_batches(dataset, "train", data, batch_size=count))
         images = normalize_batch(batch["image"], dataset.info)
         return jax.device_get(warm_start(jax.device_get(params), model_from, model, images))
-    except (OSError, ValueError, WorkdirError) as error:
+    except (ModuleNotFoundError, OSError, ValueError, WorkdirError) as error:
         raise ValueError(f"warm_start.source={config.source!r} cannot be used: {error}") from error

@@ -119,7 +119,7 @@ def make_optimizer(
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule)), schedule
 
 
-def adaptive_local_rate(eta: float) -> optax.GradientTransformation:
+def adaptive_local_rate(eta: float, *, stacked_axes: int = 0) -> optax.GradientTransformation:
     """AdderNet's adaptive local learning rate: ``g <- eta sqrt(numel) g / max(||g||_2, 1e-12)``.
 
     Applied to each adder template tensor, everything else passes unchanged. The official code does this
@@ -128,32 +128,56 @@ def adaptive_local_rate(eta: float) -> optax.GradientTransformation:
 
     Args:
       eta: the rate, 0.2 in the official code.
+      stacked_axes: of layers that share one array, as `scale_adder_updates` takes it.
+
+    Raises:
+      ValueError: templates have another rank, when the transformation is used.
     """
 
     def rescale(path, gradient):
         if not is_adder_parameter(path):
             return gradient
-        norm = jnp.maximum(jnp.linalg.norm(gradient.ravel()), 1e-12)
-        return gradient * (eta * math.sqrt(gradient.size) / norm)
+        axes = tuple(range(gradient.ndim))[-len(_template_shape(path, gradient, stacked_axes)) :]
+        norm = jnp.sqrt(jnp.sum(jnp.square(gradient), axes, keepdims=True))
+        size = math.prod(gradient.shape[axis] for axis in axes)
+        return gradient * (eta * math.sqrt(size) / jnp.maximum(norm, 1e-12))
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rescale, updates))
 
 
-def scale_adder_updates(multiplier: float | None) -> optax.GradientTransformation:
+def scale_adder_updates(multiplier: float | None, *, stacked_axes: int = 0) -> optax.GradientTransformation:
     """Multiplies the updates of adder templates, by sqrt(fan_in) of each template tensor where None.
 
     Args:
       multiplier: a factor for all adder templates, or None.
+      stacked_axes: leading axes along which `nn.scan` or `nn.vmap` has stacked layers, whose templates are
+        [in, out] or [height, width, in, out] behind them.
+
+    Raises:
+      ValueError: templates have another rank, when the transformation is used.
     """
 
     def rescale(path, update):
         if not is_adder_parameter(path):
             return update
-        # Templates are [..., in, out]; every axis but the last is summed over.
-        fan_in = math.prod(update.shape[:-1])
-        return update * (math.sqrt(fan_in) if multiplier is None else multiplier)
+        if multiplier is not None:
+            return update * multiplier
+        # Every axis but the last is summed over.
+        return update * math.sqrt(math.prod(_template_shape(path, update, stacked_axes)[:-1]))
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rescale, updates))
+
+
+def _template_shape(path: tuple, array: jax.Array, stacked_axes: int) -> tuple[int, ...]:
+    """The shape of one layer's templates."""
+    shape = array.shape[stacked_axes:]
+    if len(shape) not in (2, 4):
+        raise ValueError(
+            f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape {array.shape}; behind"
+            f" stacked_axes={stacked_axes} an adder layer's templates are [in, out] or [height, width, in,"
+            " out]. For layers that nn.scan or nn.vmap has stacked, pass stacked_axes=1."
+        )
+    return shape
 
 
 def decay_mask(params: Any, decay_adder: bool, decay_rest: bool = False) -> Any:

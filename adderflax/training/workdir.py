@@ -300,7 +300,7 @@ def _read_json(workdir: str | Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise WorkdirError(
             f"{Path(workdir).absolute()} is not a run's workdir: it has no {name}. Give the directory that"
-            " train.py --workdir was given; train.py prints it when it starts."
+            " train.py --workdir was given, of a run that has begun; train.py prints it when it starts."
         ) from None
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from error

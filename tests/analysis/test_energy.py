@@ -14,7 +14,7 @@ from adderflax import VisionTransformerConfig, adder_matmul
 from adderflax import energy as command
 from adderflax.analysis import EnergyTable, NumberFormat, count_operations, energy
 from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
-from adderflax.analysis.energy_report import compare, split_into_parts
+from adderflax.analysis.energy_report import as_text, compare, split_into_parts
 from adderflax.analysis.energy_tables import SOFTWARE, TABLES
 from adderflax.analysis.ledger import Ledger
 from adderflax.models.vit import PRESETS
@@ -209,6 +209,28 @@ def test_the_table_of_what_is_exported():
     assert attended.twin["paper"].total == attended.model["paper"].total > 0
 
 
+def test_an_aggregation_that_adds_is_exported_in_float32():
+    model = digits_model(aggregation="l1")
+    ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
+    parts = {part.name: part for part in compare(*ledgers, TABLES["exported"], "none").parts}
+    terms = model.depth * model.num_tokens**2 * model.embed_dim  # of either
+    for name, ours, twin in (("scores", 0.13, 0.3), ("A V", 1.8, 4.6)):
+        assert parts[name].model["paper"].total == pytest.approx(ours * terms * 1e-9)
+        assert parts[name].twin["paper"].total == pytest.approx(twin * terms * 1e-9)
+
+
+def test_the_unit_of_the_tables_fits_the_model():
+    small, large = digits_model(), digits_model(embed_dim=512, depth=24)
+    for model, unit, factor in ((small, "uJ", 1e3), (large, "mJ", 1)):
+        ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
+        report = compare(*ledgers, TABLES["fp32"], "none")
+        lines = as_text(report, "paper").splitlines()
+        assert lines[1].startswith(f"{unit} an image")
+        assert any(line.startswith(f"what the difference is, {unit}") for line in lines)
+        (total,) = (line for line in lines if line.startswith("total "))
+        assert float(total.split()[1]) == pytest.approx(factor * report.total("paper")[0].total, abs=6e-4)
+
+
 def test_the_json_says_what_it_was_computed_with_and_what_it_lacks():
     ledger = count_operations(lambda x: jnp.linalg.cholesky(x), array(4, 4))
     found = compare(ledger, Ledger(()), TABLES["fp16"], "dram").as_json("full")
@@ -351,7 +373,10 @@ def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
         (["--json"], "neither is given. Give one of them"),
         ([WARM, "--config.seed=1"], f"{WARM} names a model as it was trained. Leave one of them out"),
         ([DIGITS[1]], f"{DIGITS[1]} is a file. Give the directory of a run, or --config {DIGITS[1]}"),
-        (["/no/such/run"], "/no/such/run is not a run's workdir: it has no config.json"),
+        (
+            ["/no/such/run"],
+            "/no/such/run is not a run's workdir: it has no config.json",
+        ),
         (
             [*DIGITS, "--plot=/no/such/folder/x.png"],
             "x.png cannot be drawn: there is no directory /no/such/folder",

@@ -1,12 +1,15 @@
 """Warm start and teacher: a run that begins with, or learns from, the weights of another one."""
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from adderflax.data import normalize_batch
+from adderflax.data import evaluation_batches, normalize_batch
+from adderflax.models import load_vit_weights, warm_start
+from adderflax.models.vit_weights import _timm_leaves
 from adderflax.training import sharding
 from adderflax.training.config import ConfigError, WarmStartConfig, default_config
 from adderflax.training.distillation import DistillationConfig, Outputs, distillation_loss
@@ -87,6 +90,29 @@ def test_a_warm_start_is_the_converted_source(twin):
 
     assert agreement(state.params) > max(0.5, agreement(cold.params) + 0.3)
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+
+
+def test_a_published_source_computes_as_it_was_published(tmp_path):
+    """Whatever the model that it starts computes, which takes the published weights as they are."""
+    vit = Trainer(small_config("vit")).model.config
+    random, file = np.random.default_rng(0), tmp_path / "vit.npz"
+    leaves = {leaf.name: leaf.shape for leaf in _timm_leaves(vit, vit.num_tokens, vit.num_classes)}
+    np.savez(file, **{name: random.normal(size=shape) for name, shape in leaves.items()})
+    fields = {"warm_start.source": str(file), "warm_start.images": 64, "model.attention_scale": 0.05}
+    fields |= {"model.power_activation": True, "model.centered": True, "model.layer_norm_epsilon": 1e-3}
+    run = Trainer(small_config(**fields))
+    batch = next(evaluation_batches(run.dataset, "train", run.config.data, batch_size=64))
+    images = normalize_batch(batch["image"], run.dataset.info)
+    expected = warm_start(load_vit_weights(file, vit), vit, run.model.config, images)
+    jax.tree.map(np.testing.assert_array_equal, run.new_state().params, expected)
+
+
+def test_a_source_whose_package_is_missing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    (tmp_path / "vit.safetensors").write_bytes(b"")
+    run = Trainer(small_config(**{"warm_start.source": str(tmp_path / "vit.safetensors")}))
+    with pytest.raises(ConfigError, match="warm_start.source=.* cannot be used: .*pip install safetensors"):
+        run.new_state()
 
 
 @pytest.mark.slow

@@ -68,6 +68,26 @@ def test_multiplier_defaults_to_the_root_of_fan_in():
     np.testing.assert_array_equal(given["query"]["norm"]["scale"], 1.0)
 
 
+@pytest.mark.parametrize(
+    "rescale", [lambda **k: scale_adder_updates(None, **k), lambda **k: adaptive_local_rate(0.2, **k)]
+)
+@pytest.mark.parametrize("shape", [(16, 4), (3, 3, 2, 4)])
+def test_stacked_layers_are_rescaled_one_by_one(rescale, shape):
+    """As `nn.scan` stores them, of which the parameters' names say nothing."""
+    layers = jnp.stack([size * jax.random.normal(jax.random.key(size), shape) for size in range(1, 6)])
+
+    def rescaled(gradient, **options):
+        updates, _ = rescale(**options).update({"adder_kernel": gradient}, optax.EmptyState())
+        return updates["adder_kernel"]
+
+    alone = jnp.stack([rescaled(layer) for layer in layers])
+    np.testing.assert_allclose(rescaled(layers, stacked_axes=1), alone, rtol=1e-6)
+    twice = rescaled(layers[None], stacked_axes=2)
+    np.testing.assert_allclose(twice[0], alone, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"adder_kernel has shape \(5, .*nn.scan .* pass stacked_axes=1"):
+        rescaled(layers)
+
+
 def test_adam_steps_are_of_equal_relative_size():
     """The reason for the multiplier: step over deviation is the same for N(0, 1) and 1/sqrt(fan_in)."""
     config = OptimizerConfig(learning_rate=0.01, warmup_fraction=0.0, weight_decay=0.0)
