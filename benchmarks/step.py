@@ -25,7 +25,7 @@ from adderflax.training import sharding
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError, RunConfig
 from adderflax.training.state import init_state
-from adderflax.training.trainer import configured_update
+from adderflax.training.update import configured_update
 from benchmarks.timing import alternate, machine
 
 _PARTS = {"": "forward", "_gradient_x": "input gradient", "_gradient_y": "weight gradient"}

@@ -38,6 +38,7 @@ LAYERS = {
     "training.profiling": 4,
     "training.restore": 4,
     "training.trainer": 4,
+    "training.update": 4,
     "analysis": 5,
     "diversity": 5,
     "energy": 5,

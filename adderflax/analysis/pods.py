@@ -23,7 +23,7 @@ from adderflax.models.families import build_model
 from adderflax.training import sharding
 from adderflax.training.config import ConfigError, RunConfig, as_config_error
 from adderflax.training.state import abstract_state
-from adderflax.training.trainer import configured_update
+from adderflax.training.update import configured_update
 
 GIB = 2**30
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")

@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from adderflax.models.transfer import resize_position_embedding
 from adderflax.models.vit import PRESETS, VisionTransformerConfig
 from adderflax.models.weight_files import read_weight_file
 
+_PREFIXES = ("module.", "model.")  # of every name, as PyTorch's DataParallel and Lightning save them
 _WRAPPERS = ("model", "state_dict")  # DeiT's files and timm's training checkpoints
 _LISTED = 8  # names of one kind that an error prints
 
@@ -90,6 +91,9 @@ def convert_vit_weights(state: Mapping[str, Any], config: VisionTransformerConfi
             f" stem={config.stem!r} and pooling={config.pooling!r}. Set stem='patch' and pooling='token'."
         )
     state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): array for name, array in state.items()}
     if "dist_token" in state:
         raise ValueError(
             "These are weights of a distilled DeiT: a second class token (dist_token) takes part in every"
@@ -120,7 +124,7 @@ def convert_vit_weights(state: Mapping[str, Any], config: VisionTransformerConfi
         flat["head/kernel"] = np.zeros((config.embed_dim, config.num_classes), np.float32)
         flat["head/bias"] = np.zeros(config.num_classes, np.float32)
     params = {path: jnp.asarray(array) for path, array in flat.items()}
-    params["position_embedding"] = _resized(params["position_embedding"], config)
+    params["position_embedding"] = resize_position_embedding(params["position_embedding"], config)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -195,17 +199,6 @@ def _tokens(position: Any, config: VisionTransformerConfig) -> int:
     shape = np.shape(position)
     square = len(shape) == 3 and shape[1] > 1 and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
     return shape[1] if square else config.num_tokens
-
-
-def _resized(position_1xTxD: jax.Array, config: VisionTransformerConfig) -> jax.Array:
-    """Position embeddings on the model's grid, bicubic and antialiased as timm's `resample_abs_pos_embed`."""
-    if position_1xTxD.shape[1] == config.num_tokens:
-        return position_1xTxD
-    D = position_1xTxD.shape[2]
-    old, new = math.isqrt(position_1xTxD.shape[1] - 1), config.image_size // config.patch_size
-    grid = position_1xTxD[:, 1:].reshape(1, old, old, D)
-    grid = jax.image.resize(grid, (1, new, new, D), "cubic").reshape(1, new * new, D)
-    return jnp.concatenate([position_1xTxD[:, :1], grid], axis=1)
 
 
 def _require_fit(state: Mapping[str, Any], wanted: Mapping[str, tuple], config: VisionTransformerConfig):

@@ -50,7 +50,8 @@ class WarmStartConfig:
 
     Attributes:
       source: a trained run's workdir, or a file of weights of timm, DeiT or google-research's ViT
-        (`adderflax.models.load_vit_weights`); None starts from random parameters.
+        (`adderflax.models.load_vit_weights`), of any image size and number of classes; None starts from
+        random parameters.
       images: training images, without augmentation, on which converted layers are calibrated.
 
     Raises:

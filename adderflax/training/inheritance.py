@@ -11,6 +11,7 @@ from flax import linen as nn
 from adderflax.data import DataConfig, Dataset, DatasetInfo, evaluation_batches, normalize_batch
 from adderflax.models import VisionTransformer, VisionTransformerConfig, load_vit_weights, warm_start
 from adderflax.models.families import ModelConfig
+from adderflax.models.transfer import transfer
 from adderflax.models.vit import PRESETS
 from adderflax.training.config import WarmStartConfig
 from adderflax.training.distillation import DistillationConfig, Teacher
@@ -92,7 +93,7 @@ def inherited_params(
             module, variables, _ = load_model(source)
             if not isinstance(module, VisionTransformer):
                 raise ValueError("it holds no Vision Transformer, and no other model can be converted.")
-            model_from, params = module.config, variables["params"]
+            params, model_from = transfer(variables["params"], module.config, model)
         else:
             model_from = dataclasses.replace(model, **_PUBLISHED)
             params = load_vit_weights(source, model_from)

@@ -191,6 +191,16 @@ def decay_mask(params: Any, decay_adder: bool, decay_rest: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def without_templates(config: OptimizerConfig, anneal_fraction: float, params: Any) -> list[str]:
+    """Fields of a run that are set for adder templates although there are none among the parameters."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if any(map(is_adder_parameter, paths)):
+        return []
+    fields = ("adder_multiplier", "adder_local_rate", "decay_adder")
+    idle = [f"optimizer.{name}" for name in fields if getattr(config, name)]
+    return [*idle, "anneal_fraction"] if anneal_fraction else idle
+
+
 def is_adder_parameter(path: tuple) -> bool:
     """Whether a parameter's key path is that of adder templates, which are named ``adder_kernel``."""
     return _has_name(path, "adder_kernel")

@@ -1,17 +1,13 @@
 """The training loop: model, data, optimizer, checkpoints and figures composed, and nothing else."""
 
 import contextlib
-import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import optax
-from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adderflax import data as data_lib
@@ -20,9 +16,8 @@ from adderflax.training import distributed, divergence, environment, inheritance
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.config import RunConfig, as_config_error, default_config
-from adderflax.training.distillation import Teacher
 from adderflax.training.metrics import MetricsWriter, read_metrics
-from adderflax.training.optimizer import make_optimizer
+from adderflax.training.optimizer import without_templates
 from adderflax.training.preemption import StopSignals
 from adderflax.training.restore import config_here, data_from, load_model, require_implementation
 from adderflax.training.state import (
@@ -30,55 +25,10 @@ from adderflax.training.state import (
     abstract_state,
     init_state,
     make_eval_step,
-    make_train_step,
 )
 from adderflax.training.steplog import DivergenceError, StepLog, progress_bar
+from adderflax.training.update import configured_update
 from adderflax.training.workdir import WorkdirError
-
-
-class Update(NamedTuple):
-    """One update, as a run's configuration describes it.
-
-    Attributes:
-      step: ``(state, batch) -> (state, metrics)``, compiled (`make_train_step`).
-      optimizer: of its state.
-      schedule: number of updates -> learning rate of the next.
-      augment: (key, images, labels) -> (images, targets).
-      anneal_steps: updates over which the exponent of the distance falls.
-    """
-
-    step: Callable[..., Any]
-    optimizer: optax.GradientTransformation
-    schedule: Callable[[int], Any]
-    augment: Callable[..., Any]
-    anneal_steps: int
-
-
-def configured_update(
-    run: RunConfig,
-    model: nn.Module,
-    info: data_lib.DatasetInfo,
-    mesh: Mesh,
-    total_steps: int,
-    *,
-    teacher: Teacher | None = None,
-) -> Update:
-    """The update of a run of so many steps, on images that `info` describes."""
-    optimizer, schedule = make_optimizer(run.optimizer, total_steps)
-    augment = functools.partial(data_lib.augment_batch, config=run.augment, info=info)
-    anneal_steps = math.ceil(run.anneal_fraction * total_steps)
-    step = make_train_step(
-        model,
-        optimizer,
-        augment,
-        ema_decay=run.ema_decay,
-        accumulation_steps=run.accumulation_steps,
-        skip_nonfinite_steps=run.skip_nonfinite_steps,
-        anneal_steps=anneal_steps,
-        teacher=teacher,
-        mesh=mesh,
-    )
-    return Update(step, optimizer, schedule, augment, anneal_steps)
 
 
 class Trainer:
@@ -286,6 +236,8 @@ def train(
         environment.record_start(workdir, first)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)
+        if idle := without_templates(run.optimizer, run.anneal_fraction, state.params):
+            print(f"Without effect, because no layer of this model adds: {', '.join(idle)}", flush=True)
         with (
             MetricsWriter(workdir, first) as writer,
             StepLog(

@@ -166,6 +166,17 @@ def test_safetensors(tmp_path):
         load_vit_weights(tmp_path / "vit.safetensors", CONFIG)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model."])
+def test_a_prefix_of_every_name_is_no_part_of_them(prefix):
+    prefixed = {prefix + name: array for name, array in timm_state().items()}
+    expected = convert_vit_weights(timm_state(), CONFIG)
+    for state in (prefixed, {"state_dict": prefixed}):
+        jax.tree.map(np.testing.assert_array_equal, convert_vit_weights(state, CONFIG), expected)
+    del prefixed[f"{prefix}norm.bias"]
+    with pytest.raises(ValueError, match="missing: norm.bias"):
+        convert_vit_weights(prefixed, CONFIG)
+
+
 @pytest.mark.parametrize("side", [2, 5])
 def test_position_embeddings_of_another_grid(side):
     state = timm_state()

@@ -92,6 +92,14 @@ def test_a_warm_start_is_the_converted_source(twin):
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
 
 
+def test_a_run_starts_one_on_larger_images(twin):
+    fields = {"warm_start.source": str(twin), "warm_start.images": 64, "data.image_size": 16}
+    params, (_, trained, _) = Trainer(small_config(**fields)).new_state().params, load_model(twin)
+    assert params["position_embedding"].shape == (1, 17, 16)
+    assert trained["params"]["position_embedding"].shape == (1, 5, 16)
+    jax.tree.map(np.testing.assert_array_equal, params["head"], trained["params"]["head"])
+
+
 def test_a_published_source_computes_as_it_was_published(tmp_path):
     """Whatever the model that it starts computes, which takes the published weights as they are."""
     vit = Trainer(small_config("vit")).model.config

@@ -12,6 +12,7 @@ from adderflax.training.optimizer import (
     decay_mask,
     make_optimizer,
     scale_adder_updates,
+    without_templates,
 )
 
 PARAMS = {
@@ -98,6 +99,16 @@ def test_adam_steps_are_of_equal_relative_size():
     relative_adder = np.abs(updates["a"]["adder_kernel"]).mean() / 1.0
     relative_dense = np.abs(updates["d"]["kernel"]).mean() / (1 / np.sqrt(64))
     np.testing.assert_allclose(relative_adder, relative_dense, rtol=1e-5)
+
+
+def test_fields_that_have_no_templates_to_act_on_are_named():
+    idle = OptimizerConfig(name="sgd", adder_local_rate=0.2, decay_adder=True, adder_multiplier=2.0)
+    named = ["optimizer.adder_multiplier", "optimizer.adder_local_rate", "optimizer.decay_adder"]
+    params = {name: PARAMS[name] for name in ("head", "class_token")}
+    assert without_templates(idle, 0.5, params) == [*named, "anneal_fraction"]
+    assert without_templates(idle, 0.0, params) == named
+    assert without_templates(OptimizerConfig(), 0.0, params) == []
+    assert without_templates(idle, 0.5, PARAMS) == []
 
 
 def test_decay_mask():

@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 
 from adderflax.operators.rules import canonical_rule
-from adderflax.training import sharding, trainer
+from adderflax.training import sharding, trainer, update
+from adderflax.training import state as state_lib
 from adderflax.training.config import ConfigError, default_config
 from adderflax.training.metrics import read_metrics
 from adderflax.training.restore import load_model, write_weights
@@ -121,18 +122,18 @@ def test_it_learns(tmp_path):
 
 def watch_updates(patch, before=lambda state, batch: None, after=lambda state, metrics: (state, metrics)):
     """Calls `before` and `after` around every update of the trainers built while patched."""
-    make_train_step = trainer.make_train_step
+    make_train_step = update.make_train_step
 
     def watched(*arguments, **keywords):
-        update = make_train_step(*arguments, **keywords)
+        step = make_train_step(*arguments, **keywords)
 
         def run(state, batch):
             before(state, batch)
-            return after(*update(state, batch))
+            return after(*step(state, batch))
 
         return run
 
-    patch.setattr(trainer, "make_train_step", watched)
+    patch.setattr(update, "make_train_step", watched)
 
 
 def test_stochastic_depth_and_augmentation_change_from_step_to_step():
@@ -151,7 +152,7 @@ def test_stochastic_depth_and_augmentation_change_from_step_to_step():
         jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
         return images.astype(jnp.float32) / 255, jax.nn.one_hot(labels, 10)
 
-    step = trainer.make_train_step(run.model, run.optimizer, augment, mesh=run.mesh)
+    step = update.make_train_step(run.model, run.optimizer, augment, mesh=run.mesh)
     state = run.new_state()
     for _ in range(3):
         state, _ = step(state, batch)
@@ -300,8 +301,8 @@ def test_devices_do_not_change_the_update():
     for count in (1, 2):
         run = Trainer(small_config())
         run.mesh = sharding.make_mesh(jax.devices()[:count])
-        state = trainer.init_state(run.model, run.optimizer, seed=0, with_ema=True, mesh=run.mesh)
-        step = trainer.make_train_step(
+        state = state_lib.init_state(run.model, run.optimizer, seed=0, with_ema=True, mesh=run.mesh)
+        step = update.make_train_step(
             run.model,
             run.optimizer,
             lambda key, images, labels: (images.astype(jnp.float32) / 255, jax.nn.one_hot(labels, 10)),
