@@ -3,7 +3,7 @@
     python train.py --config configs/imagenet_adder_deit_ti.py --config.data.data_dir=DIR
 
 Arguments: ``:multiply`` is the multiplying twin, ``:vit`` the standard DeiT-Ti.
-Data: imagenet2012 prepared by tensorflow-datasets as array_record (see the README).
+Data: imagenet2012 prepared by tensorflow-datasets as array_record (docs/training.md).
 Hardware: a TPU pod slice or several GPUs; all local devices are used.
 Accuracy and time: not yet run.
 """

@@ -1,4 +1,4 @@
-"""The README: its snippets run, its commands are the ones that CI and the configurations use."""
+"""The README and the pages of docs/: snippets run, commands and links name what is there."""
 
 import re
 import shlex
@@ -9,10 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language, *pages):
+    text = "\n".join(page.read_text() for page in pages or PAGES)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("import ")[-1].split("\n")[0])
@@ -29,6 +31,7 @@ def test_snippet_runs(code):
         "features": {(8, 16, 16, 32)},
         "logits": {(4, 10), (2, 10), (64, 10)},
         "maps": {(2, 3, 65, 65)},
+        "attended": {(2, 5, 64)},
     }
     shown = [name for name in shapes if name in names]
     assert shown
@@ -37,13 +40,23 @@ def test_snippet_runs(code):
 
 
 def test_the_test_command_is_the_one_ci_runs():
-    assert any("python -m pytest\n" in block for block in blocks("bash"))
+    assert any("python -m pytest\n" in block for block in blocks("bash", PAGES[0]))
     assert "\npython -m pytest\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_links_lead_to_files_that_exist():
-    targets = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert len(targets) > 5 and all((ROOT / target).exists() for target in targets)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted((ROOT / "results").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_links_lead_to_files_that_exist(page):
+    targets = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
+    assert targets or page.parent.name == "results"
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_readme_names_every_page():
+    pages = [page.name for page in PAGES[1:]] + [page.name for page in (ROOT / "results").glob("*.md")]
+    pages = [name for name in pages if not re.match(r"(gap|rank)_", name)]  # a study's, named on its page
+    assert [name for name in pages if f"/{name})" not in README and f"/{name}#" not in README] == []
 
 
 def test_commands_name_files_and_flags_that_exist():
@@ -58,7 +71,8 @@ def test_commands_name_files_and_flags_that_exist():
         "process_id",
         "profile_steps",
     }
-    for line in "".join(blocks("bash")).replace("\\\n", "").splitlines():
+    ours = (page for page in PAGES if page.name != "cloud.md")  # its commands are gcloud's
+    for line in "".join(blocks("bash", *ours)).replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         for config in (word for word in words if word.startswith("configs/")):
             assert (ROOT / config.partition(":")[0]).exists(), line

@@ -212,7 +212,7 @@ def _outside_of_it(error: Exception) -> str:
         message = f"{' '.join(text.split()).rstrip('.')}."
     if isinstance(error, flags.UnrecognizedFlagError):
         return f"{message} --help shows the flags."
-    described = "--help shows the flags, and the README names where each field is described."
+    described = "--help shows the flags, and docs/training.md names where each field is described."
     return message and f"{message} {described}"
 
 
