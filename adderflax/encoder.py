@@ -7,7 +7,7 @@ from typing import Self
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.fields import is_count, is_finite, require_choice, require_count, settle_rules
+from adderflax.fields import is_count, is_finite, require_choice, require_count, settle_dtype, settle_rules
 from adderflax.layers import (
     ARITHMETICS,
     DTYPES,
@@ -67,7 +67,8 @@ class EncoderConfig:
       grad_key: gradient rule of the L1 similarity towards the keys.
       drop_path_rate: stochastic depth, the probability that a sample skips a residual branch.
       layer_norm_epsilon: added to the variance in every LayerNorm.
-      dtype: computation dtype, "float32" or "bfloat16"; sums, softmax and LayerNorm stay in float32.
+      dtype: computation dtype, "float32" or "bfloat16", also as jnp.bfloat16; sums, softmax and LayerNorm
+        stay in float32.
       remat: recompute each block's activations in the backward pass instead of storing them.
       implementation: operator implementation (see `adderflax.adder_matmul`); None picks by platform.
 
@@ -107,7 +108,7 @@ class EncoderConfig:
             require_choice(name, getattr(self, name), SIMILARITIES)
         require_normalization(self.normalization, self.power_activation)
         require_choice("mlp_convolution", self.mlp_convolution, (None, *ARITHMETICS))
-        require_choice("dtype", self.dtype, DTYPES)
+        settle_dtype(self, DTYPES)
         for name in ("embed_dim", "num_heads"):
             require_count(name, getattr(self, name))
         for name in ("identity", "power_activation", "centered", "use_bias", "remat"):

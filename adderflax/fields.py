@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from adderflax.operators.rules import canonical_rule
 
 
@@ -35,6 +37,16 @@ def settle_rules(description: Any, *names: str) -> None:
         canonical_rule(getattr(description, name), name)
         if isinstance(getattr(description, name), list):
             object.__setattr__(description, name, tuple(getattr(description, name)))
+
+
+def settle_dtype(description: Any, allowed: tuple[str, ...]) -> None:
+    """Raises a ValueError unless `dtype` of a frozen dataclass is allowed; gives `jnp.bfloat16` its name."""
+    if not isinstance(description.dtype, (str, type(None))):
+        try:
+            object.__setattr__(description, "dtype", np.dtype(description.dtype).name)
+        except TypeError:
+            pass  # it is no dtype at all, and told as it was given
+    require_choice("dtype", description.dtype, allowed)
 
 
 def require_pair(name: str, value: Any) -> None:

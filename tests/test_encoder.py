@@ -13,6 +13,7 @@ from adderflax import (
     AdderCrossAttention,
     AdderDense,
     AdderMlp,
+    AdderResNetConfig,
     AdderSelfAttention,
     EncoderBlock,
     EncoderConfig,
@@ -124,6 +125,16 @@ def test_what_unset_fields_stand_for():
     given = EncoderConfig(mlp_dim=5, attention_scale=0.5, mlp_kernel_size=3, mlp_convolution="multiply")
     assert given.resolved() == given
     assert EncoderConfig().resolved().mlp_convolution is None
+
+
+@pytest.mark.parametrize("describe", [EncoderConfig, AdderResNetConfig])
+def test_a_dtype_may_be_jaxs_own(describe):
+    for dtype in (jnp.bfloat16, jnp.dtype("bfloat16"), np.float32):
+        described = describe(dtype=dtype)
+        assert described == describe(dtype=jnp.dtype(dtype).name) and isinstance(described.dtype, str)
+    for wrong in (jnp.float16, "bf16", None, 3.0):
+        with pytest.raises(ValueError, match="dtype=.* is not known; choose one of 'float32', 'bfloat16'"):
+            describe(dtype=wrong)
 
 
 def test_a_description_with_a_rule_of_a_file_is_hashable():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.fields import require_choice, require_count, require_known, settle_rules
+from adderflax.fields import require_choice, require_count, require_known, settle_dtype, settle_rules
 from adderflax.layers import (
     ARITHMETICS,
     DTYPES,
@@ -67,7 +67,7 @@ class AdderResNetConfig:
     def __post_init__(self):
         for name in ("convolution", "shortcut"):
             require_choice(name, getattr(self, name), ARITHMETICS)
-        require_choice("dtype", self.dtype, DTYPES)
+        settle_dtype(self, DTYPES)
         for name in ("channels", "num_classes", "blocks", "image_size"):
             require_count(name, getattr(self, name))
         if self.image_size % 4:
