@@ -137,8 +137,8 @@ def write_integers(
     """
     normalized = normalize_batch(images, info)
     found = {"images": images, "logits": np.asarray(integers.apply(normalized))}
-    np.savez(directory / _INTEGERS, **_arrays(integers))
-    np.savez(directory / _VECTORS, **found, **integers.vectors(normalized))
+    np.savez_compressed(directory / _INTEGERS, **_arrays(integers))
+    np.savez_compressed(directory / _VECTORS, **found, **integers.vectors(normalized))
     for source, name in (("integer_format.md", "README.md"), ("integer_reference.py", "reference.py")):
         shutil.copyfile(Path(__file__).with_name(source), directory / name)
     description = _described(integers) | figures

@@ -246,14 +246,14 @@ def test_damaged_files(workdir, tmp_path):
 
 
 def test_an_export_that_fails_leaves_nothing(workdir, tmp_path, monkeypatch):
-    save = np.savez
+    save = np.savez_compressed
 
     def full_disk(file, **arrays):
         if "vectors" in Path(file).name:
             raise OSError(28, "No space left on device", str(file))
         save(file, **arrays)
 
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
     with pytest.raises(WorkdirError, match="out cannot be written: No space left on device. Mend that"):
         export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1)
     with pytest.raises(WorkdirError, match="No space left"):
