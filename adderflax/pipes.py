@@ -39,5 +39,8 @@ def reader_may_leave() -> Iterator[None]:
 
 def _reader_has_left() -> bool:
     poll = select.poll()
-    poll.register(sys.stdout, 0)  # what is wrong with a pipe is reported without being asked for
+    try:
+        poll.register(sys.stdout, 0)  # what is wrong with a pipe is reported without being asked for
+    except (OSError, TypeError, ValueError):  # it is no file at all
+        return False
     return bool(poll.poll(0))

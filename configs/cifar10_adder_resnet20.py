@@ -33,9 +33,10 @@ def get_config(arithmetic: str = "adder") -> ConfigDict:
     config.optimizer.momentum = 0.9
     config.optimizer.warmup_fraction = 0.0
     config.optimizer.weight_decay = 5e-4
-    config.optimizer.decay_adder = True
     config.optimizer.decay_rest = True
-    config.optimizer.adder_local_rate = 0.2
+    if arithmetic == "adder":
+        config.optimizer.decay_adder = True
+        config.optimizer.adder_local_rate = 0.2
 
     config.augment.crop_padding = 4
     config.augment.flip = True

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "adderflax"
 # Layer of each module or package, from the bottom; a module may import its own layer and those below.
 LAYERS = {
     "operators": 1,
+    "extras": 1,
     "pipes": 1,
     "fields": 2,
     "layers": 2,

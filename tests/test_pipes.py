@@ -1,6 +1,7 @@
 """Output whose reader leaves: commands end quietly, and nothing else that fails is hidden."""
 
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -44,6 +45,13 @@ def guarded(body):
 @pytest.mark.parametrize("body", ["print('a')", "print('a' * 100_000)", "print('a'); print('b', flush=True)"])
 def test_the_end_is_quiet(body, unbuffered):
     assert run(code=guarded(body), unbuffered=unbuffered) == (pipes.STATUS, "")
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO(), None])
+def test_without_a_file_there_is_no_reader_to_leave(stdout, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(BrokenPipeError, match="of another"), pipes.reader_may_leave():
+        raise BrokenPipeError("of another")
 
 
 def test_what_fails_besides_is_told():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from adderflax.analysis.integers import in_float32
 from adderflax.analysis.ledger import Entry, Ledger, count_operations
@@ -16,7 +15,7 @@ from adderflax.analysis.primitives import ADDER, PRODUCT
 from adderflax.data import DataConfig, DatasetInfo
 from adderflax.models.classifier import abstract_variables, image_shape
 from adderflax.models.families import ModelConfig, build_model
-from adderflax.training.config import ConfigError, RunConfig
+from adderflax.training.config import ConfigDict, ConfigError, RunConfig
 from adderflax.training.restore import config_here
 from adderflax.training.workdir import holds_integers, read_info
 

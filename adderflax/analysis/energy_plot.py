@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adderflax.analysis.energy_report import REST, Report
+from adderflax.analysis.energy_report import REST, Report, unit_of
 from adderflax.analysis.energy_tables import CONVENTIONS
 
 # Okabe and Ito's colors and four of Tol's, told apart with color vision deficiencies too.
@@ -49,20 +49,21 @@ def draw(report: Report, file: str | Path, title: str) -> None:
     figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    handles = {}
+    handles, (unit, factor) = {}, unit_of(report)
     for axes, convention in zip(figure.subplots(1, 2), CONVENTIONS):
-        totals = [total.total for total in report.total(convention)]
+        totals = [factor * total.total for total in report.total(convention)]
         bottoms = [0.0, 0.0]
-        for name, heights in _layers(report, convention, _THINNEST * max(totals)).items():
+        for name, heights in _layers(report, convention, _THINNEST * max(totals) / factor).items():
             color = _MEMORY_COLORS.get(name) or _color(report, name)
+            heights = [factor * height for height in heights]
             handles[name] = axes.bar(["model", "multiplying\ntwin"], heights, 0.6, bottoms, color=color)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights)]
         for position, total in enumerate(totals):
             label = {"textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{total:.2f} mJ", (position, total), (0, 3), **label)
+            axes.annotate(f"{total:.2f} {unit}", (position, total), (0, 3), **label)
         ratio = totals[1] / totals[0] if totals[0] else 1.0
         axes.set_title(f"{convention}: ratio {ratio:.2f}", fontsize=10)
-        axes.set_ylabel("mJ an image")
+        axes.set_ylabel(f"{unit} an image")
         axes.set_ylim(0, 1.1 * max(*totals, 1e-12))
         axes.spines[["top", "right"]].set_visible(False)
     # The legend lists the layers as they are stacked, the topmost first.

@@ -232,22 +232,23 @@ def as_text(report: Report, convention: str) -> str:
     """
     lines = [*_parts_table(report), "", *_difference_table(report), "", *_counts_table(report)]
     lines += ["", *_remarks(report)]
-    model, twin = report.total(convention)
+    (unit, factor), (model, twin) = unit_of(report), report.total(convention)
     lines += [
         "",
-        f"{convention}: {model.total:.4g} mJ an image, multiplying twin {twin.total:.4g} mJ, "
+        f"{convention}: {factor * model.total:.4g} {unit} an image, multiplying twin "
+        f"{factor * twin.total:.4g} {unit}, "
         f"ratio {_ratio(model.total, twin.total):.2f}",
     ]
     return "\n".join(lines)
 
 
-def _unit(report: Report) -> tuple[str, float]:
+def unit_of(report: Report) -> tuple[str, float]:
     """The unit of the tables, and how many of it are a millijoule."""
     return ("mJ", 1.0) if min(part.total for part in report.total("paper")) >= 0.1 else ("uJ", 1e3)
 
 
 def _parts_table(report: Report) -> list[str]:
-    unit, factor = _unit(report)
+    unit, factor = unit_of(report)
     lines = [
         f"{'':26}{'paper':^26} {'full':^26} {'of it memory':^18}",
         f"{unit + ' an image':26}" + f"{'model':>9}{'twin':>9}{'ratio':>8} " * 2 + f"{'model':>9}{'twin':>9}",
@@ -280,7 +281,7 @@ def _difference_table(report: Report) -> list[str]:
                 "= full": full.total,
             }
         )
-    unit, factor = _unit(report)
+    unit, factor = unit_of(report)
     lines = [f"{'what the difference is, ' + unit:55}{'model':>9}{'twin':>9}"]
     for name in columns[0]:
         lines.append(f"{name:55}{factor * columns[0][name]:9.3f}{factor * columns[1][name]:9.3f}")

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from adderflax.analysis.configured import image_set
 from adderflax.models.families import build_model
 from adderflax.training import sharding
-from adderflax.training.config import ConfigError, RunConfig, as_config_error
+from adderflax.training.config import ConfigDict, ConfigError, RunConfig, as_config_error
 from adderflax.training.state import abstract_state
 from adderflax.training.update import configured_update
 

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from adderflax.analysis.configured import inference_ledger
 from adderflax.analysis.diversity import measure_workdir
 from adderflax.analysis.energy_tables import CONVENTIONS, energy
 from adderflax.training import environment, trainer
 from adderflax.training.command_line import load_config
-from adderflax.training.config import ConfigError, RunConfig, default_config
+from adderflax.training.config import ConfigDict, ConfigError, RunConfig, default_config
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
 from adderflax.training.workdir import differing_fields, flatten, read_info
@@ -88,6 +87,7 @@ class Run:
         """
         try:
             config = load_config(self.config)
+            config.unlock()  # so that what does not exist is told by `RunConfig.parse`, with what does
             config.update_from_flattened_dict(dict(self.overrides) | {"seed": seed})
             RunConfig.parse(config)
         except (ConfigError, KeyError, OSError, TypeError, ValueError) as error:
@@ -157,7 +157,12 @@ def load_study(file: str | Path) -> Study:
     path = Path(file)
     if not path.is_file():
         raise StudyError(f"There is no study description {path}; studies/ has some.")
-    names = runpy.run_path(str(path))
+    try:
+        names = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise StudyError(
+            f"{path} is not Python: {error}. A study is a file such as those in studies/."
+        ) from None
     if "runs" not in names:
         raise StudyError(f"{path} has no function runs(), which returns a list of `Run`.")
     runs = tuple(names["runs"]())

@@ -108,6 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help="such as cifar10 or imagenette/160px-v2")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
     options = parser.parse_args(arguments)
+    if options.name == "digits":
+        print("digits comes with scikit-learn and is ready: nothing is to be prepared")
+        return 0
     try:
         # tensorflow-datasets reports its progress on both streams.
         with contextlib.redirect_stdout(sys.stderr):

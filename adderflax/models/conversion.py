@@ -235,6 +235,8 @@ def _require_equal_sizes(config_from: VisionTransformerConfig, config_to: Vision
         return found | {"mlp_dim": config.resolved().mlp_dim}
 
     ours, theirs = sizes(config_to), sizes(config_from)
+    if ours["patch_size"] != theirs["patch_size"]:
+        theirs["image_size"] = ours["image_size"]  # which would be transferred, were the patches alike
     if different := [name for name in _SIZES if ours[name] != theirs[name]]:
         raise ValueError(
             "A warm start needs a source of the same sizes, but "

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _attention_xla
@@ -59,8 +60,8 @@ def adder_attention(
         is_causal: whether query t attends to the keys 0 to t alone, of those that the mask leaves.
         identity: whether I is added; needs T == S.
         similarity: "l1" or "dot".
-        aggregation: "dot" for weights @ value, "l1" for -sum_s |weights[t, s] - value[s, d]|,
-            with the HardTanh gradient rule on both sides.
+        aggregation: "dot" for weights @ value, "l1" for -sum_s |weights[t, s] - value[s, d]| over the keys
+            that the mask leaves, with the HardTanh gradient rule on both sides.
         scale: factor of the similarity; None means 1 / sqrt(2 D (1 - 2 / pi)) for "l1", which
             gives unit variance for standard normal operands, and 1 / sqrt(D) for "dot".
         grad_query: gradient rule of the query in the "l1" similarity (see `adder_matmul`).
@@ -74,11 +75,13 @@ def adder_attention(
         the identity included.
 
     Raises:
-        TypeError: an operand, mask, bias or scale has a type or dtype that is not allowed.
+        TypeError: an operand, mask, bias, scale or is_causal has a type or dtype that is not allowed.
         ValueError: shapes that do not fit, no keys, a scale that is no scalar, or an unknown name.
     """
     rules = canonical_rule(grad_query, "grad_query"), canonical_rule(grad_key, "grad_key")
     check_implementation(implementation)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: needs True or False, got {is_causal!r}.")
     _check_name("similarity", similarity)
     _check_name("aggregation", aggregation)
     if not isinstance(scale, (type(None), numbers.Real)):
@@ -215,7 +218,21 @@ def _attend_with_weights(query, key, value, mask, bias, scale, plan, similarity,
     aggregate = adder_matmul(
         weights, value, grad_x="hardtanh", grad_y="hardtanh", implementation=plan.implementation
     )
-    return aggregate, weights
+    if mask is None:
+        return aggregate, weights
+    # A hidden key has the weight 0, and with it the term -|0 - value|: taken out again, with its gradient.
+    # Not where all keys are hidden, whose weights are uniform, nor where the identity shows a token itself.
+    hidden = ~jnp.broadcast_to(mask, weights.shape) & jnp.any(mask, axis=-1, keepdims=True)
+    if identity:
+        hidden = hidden & ~jnp.eye(weights.shape[-1], dtype=bool)[None, None]
+    terms = _magnitude(value.astype(jnp.float32))
+    return aggregate + jnp.matmul(hidden.astype(jnp.float32), terms, precision="highest"), weights
+
+
+def _magnitude(value):
+    """|value|, whose derivative is that of the HardTanh rule of -|0 - value|, with the sign turned."""
+    smooth = jnp.where(jnp.abs(value) < 1.0, 0.5 * jnp.square(value), jnp.abs(value) - 0.5)
+    return smooth + lax.stop_gradient(jnp.abs(value) - smooth)
 
 
 def default_attention_scale(similarity: str, depth: int) -> float:

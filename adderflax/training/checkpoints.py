@@ -9,13 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+
+from adderflax import extras
+
+try:
+    import grain
+except ModuleNotFoundError as error:
+    raise extras.missing(error) from None
 
 from adderflax.training.manifest import find_damage, write_manifest
 from adderflax.training.workdir import WorkdirError

@@ -11,13 +11,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from adderflax import extras
+
 try:
     from ml_collections import ConfigDict, config_dict
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error}: training and the commands need more than the layers do; in the checkout `pip install"
-        " '.[train]'` or `pip install -r requirements.txt` installs it."
-    ) from None
+    raise extras.missing(error) from None
 
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
 from adderflax.models.families import MODULES, ModelConfig, config_class
@@ -50,8 +49,8 @@ class WarmStartConfig:
 
     Attributes:
       source: a trained run's workdir, or a file of weights of timm, DeiT or google-research's ViT
-        (`adderflax.models.load_vit_weights`), of any image size and number of classes; None starts from
-        random parameters.
+        (`adderflax.models.load_vit_weights`), of any image size and, where its classifier multiplies, for
+        any number of classes; None starts from random parameters.
       images: training images, without augmentation, on which converted layers are calibrated.
 
     Raises:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adderflax.fields import is_count
+
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -131,8 +133,10 @@ def adaptive_local_rate(eta: float, *, stacked_axes: int = 0) -> optax.GradientT
       stacked_axes: of layers that share one array, as `scale_adder_updates` takes it.
 
     Raises:
-      ValueError: templates have another rank, when the transformation is used.
+      ValueError: `stacked_axes` is no whole number from 0 on; or, when the transformation is used, templates
+        have another rank.
     """
+    _require_axes(stacked_axes)
 
     def rescale(path, gradient):
         if not is_adder_parameter(path):
@@ -150,12 +154,16 @@ def scale_adder_updates(multiplier: float | None, *, stacked_axes: int = 0) -> o
 
     Args:
       multiplier: a factor for all adder templates, or None.
-      stacked_axes: leading axes along which `nn.scan` or `nn.vmap` has stacked layers, whose templates are
-        [in, out] or [height, width, in, out] behind them.
+      stacked_axes: leading axes along which `nn.scan` or `nn.vmap` has stacked all layers, whose templates
+        are [in, out] or [height, width, in, out] behind them. Where only some are stacked, apply one
+        transformation to these and another to the others, each by `optax.masked`. With 0, dense templates
+        that are stacked twice cannot be told from a convolution's.
 
     Raises:
-      ValueError: templates have another rank, when the transformation is used.
+      ValueError: `stacked_axes` is no whole number from 0 on; or, when the transformation is used without a
+        multiplier, templates have another rank.
     """
+    _require_axes(stacked_axes)
 
     def rescale(path, update):
         if not is_adder_parameter(path):
@@ -168,6 +176,11 @@ def scale_adder_updates(multiplier: float | None, *, stacked_axes: int = 0) -> o
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rescale, updates))
 
 
+def _require_axes(stacked_axes: int) -> None:
+    if stacked_axes != 0 and not is_count(stacked_axes):
+        raise ValueError(f"stacked_axes={stacked_axes!r} must be a whole number, 0 or more.")
+
+
 def _template_shape(path: tuple, array: jax.Array, stacked_axes: int) -> tuple[int, ...]:
     """The shape of one layer's templates."""
     shape = array.shape[stacked_axes:]
@@ -175,7 +188,13 @@ def _template_shape(path: tuple, array: jax.Array, stacked_axes: int) -> tuple[i
         raise ValueError(
             f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape {array.shape}; behind"
             f" stacked_axes={stacked_axes} an adder layer's templates are [in, out] or [height, width, in,"
-            " out]. For layers that nn.scan or nn.vmap has stacked, pass stacked_axes=1."
+            " out]. "
+            + (
+                "Where some layers are stacked and others are not, apply one transformation to each by"
+                " optax.masked."
+                if stacked_axes
+                else "For layers that nn.scan or nn.vmap has stacked, pass stacked_axes=1."
+            )
         )
     return shape
 
@@ -196,8 +215,8 @@ def without_templates(config: OptimizerConfig, anneal_fraction: float, params: A
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if any(map(is_adder_parameter, paths)):
         return []
-    fields = ("adder_multiplier", "adder_local_rate", "decay_adder")
-    idle = [f"optimizer.{name}" for name in fields if getattr(config, name)]
+    fields, unset = ("adder_multiplier", "adder_local_rate", "decay_adder"), OptimizerConfig()
+    idle = [f"optimizer.{name}" for name in fields if getattr(config, name) != getattr(unset, name)]
     return [*idle, "anneal_fraction"] if anneal_fraction else idle
 
 

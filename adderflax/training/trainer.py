@@ -237,7 +237,7 @@ def train(
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)
         if idle := without_templates(run.optimizer, run.anneal_fraction, state.params):
-            print(f"Without effect, because no layer of this model adds: {', '.join(idle)}", flush=True)
+            print(f"Without effect, because this model has no adder templates: {', '.join(idle)}", flush=True)
         with (
             MetricsWriter(workdir, first) as writer,
             StepLog(

@@ -54,7 +54,7 @@ def writing(workdir: str | Path) -> Iterator[Path]:
 
     The lock ends with the process, however it ends, and belongs to it alone: a POSIX record lock passes to no
     data worker, whether forked or spawned. Readers need none. What fails inside before it has written
-    anything leaves nothing that was not there before.
+    anything leaves nothing that was not there before, but where writers get into each other's way.
 
     Args:
       workdir: the run's directory.
@@ -74,6 +74,10 @@ def writing(workdir: str | Path) -> Iterator[Path]:
             path.mkdir(parents=True, exist_ok=True)
             is_new = not (file := path / "lock").exists()
             lock = file.open("ab+", buffering=0)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise WorkdirError(
+                f"The workdir {path} lies at or below a file. Choose a directory with --workdir."
+            ) from error
         except OSError as error:
             raise WorkdirError(
                 f"The workdir {path} cannot be written ({error.strerror or error}): checkpoints and figures"
@@ -86,8 +90,11 @@ def writing(workdir: str | Path) -> Iterator[Path]:
                 if not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
                     raise FileNotFoundError
             except (BlockingIOError, FileNotFoundError, PermissionError):
-                holder = (file.read_text().strip() if file.exists() else "") or "another process"
-                raise _being_written(path, holder) from None
+                try:
+                    holder = file.read_text().strip()
+                except OSError:  # it has just been removed
+                    holder = ""
+                raise _being_written(path, holder or "another process") from None
             _held.add(real)
             try:
                 lock.truncate(0)
@@ -297,7 +304,7 @@ def _read_json(workdir: str | Path, name: str) -> dict[str, Any]:
         if not isinstance(found := json.loads(file.read_text()), dict):
             raise ValueError(f"it holds a {type(found).__name__} where named values belong")
         return found
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise WorkdirError(
             f"{Path(workdir).absolute()} is not a run's workdir: it has no {name}. Give the directory that"
             " train.py --workdir was given, of a run that has begun; train.py prints it when it starts."

@@ -42,6 +42,34 @@ def test_equal_sizes_are_left_alone():
     jax.tree.map(np.testing.assert_array_equal, params, parameters(config))
 
 
+def keys_kernel(distance):
+    """The cubic kernel of Keys (1981) with a = -1/2, which timm's bicubic interpolation uses too."""
+    x = np.abs(distance)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 5), (5, 3), (3, 6), (6, 2), (4, 1)])
+def test_positions_are_resized_by_the_cubic_kernel_with_antialiasing(old, new):
+    """Outputs average over as many inputs as lie under the kernel, which is wider where there are fewer."""
+    scale = old / new
+    centers = (np.arange(new) + 0.5) * scale - 0.5
+    weights = keys_kernel((np.arange(old) - centers[:, None]) / max(scale, 1.0))
+    weights /= weights.sum(axis=1, keepdims=True)
+    position = np.random.default_rng(0).normal(size=(1, old * old, 8)).astype(np.float32)
+    expected = np.einsum("ia,jb,abd->ijd", weights, weights, position.reshape(old, old, 8).astype(np.float64))
+    found = resize_position_embedding(position, described(pooling="mean", image_size=4 * new))
+    np.testing.assert_allclose(found, expected.reshape(1, new * new, 8), atol=5e-6)
+
+
+def test_the_parameters_given_are_left_as_they_are():
+    config = described()
+    given = parameters(config)
+    before = jax.tree.map(np.array, given)
+    transfer(given, config, described(image_size=20, num_classes=3))
+    jax.tree.map(np.testing.assert_array_equal, given, before)
+
+
 def test_what_has_no_counterpart_stays():
     config = described(head="adder")
     params, found = transfer(

@@ -49,7 +49,14 @@ def expected_attention(
     if identity:
         weights = weights + np.eye(weights.shape[-1])
     if aggregation == "l1":
-        out = -np.abs(weights[..., :, :, None] - v[..., None, :, :]).sum(-2)
+        terms = np.abs(weights[..., :, :, None] - v[..., None, :, :])
+        if (
+            mask is not None
+        ):  # what is hidden is no part of the sum, but for a token itself under the identity
+            seen = np.broadcast_to(mask, weights.shape)
+            seen = seen | ~seen.any(-1, keepdims=True) | (identity & np.eye(*weights.shape[-2:], dtype=bool))
+            terms = np.where(seen[..., None], terms, 0)
+        out = -terms.sum(-2)
     else:
         out = weights @ v
     return np.moveaxis(out, -3, -2), weights
@@ -131,12 +138,12 @@ def test_dot_without_identity_is_jax_attention():
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("similarity", ["l1", "dot"])
+@pytest.mark.parametrize("similarity, aggregation", PAIRS)
 @pytest.mark.parametrize("keys", [6, 9])
-def test_causal_attention_sees_earlier_keys(similarity, keys):
+def test_causal_attention_sees_earlier_keys(similarity, aggregation, keys):
     query, key, value = normal(0, 2, 6, 3, 8), normal(1, 2, keys, 3, 8), normal(2, 2, keys, 3, 8)
     earlier = np.arange(keys) <= np.arange(6)[:, None]
-    options = dict(similarity=similarity, identity=keys == 6)
+    options = dict(similarity=similarity, aggregation=aggregation, identity=keys == 6)
     out = adder_attention(query, key, value, is_causal=True, **options)
     np.testing.assert_allclose(
         out, expected_attention(query, key, value, mask=earlier, **options)[0], atol=1e-5
@@ -147,9 +154,37 @@ def test_causal_attention_sees_earlier_keys(similarity, keys):
     np.testing.assert_allclose(out, wanted, atol=1e-5)
     single = adder_attention(query[1], key[1], value[1], is_causal=True, mask=mask[1], **options)
     np.testing.assert_allclose(single, wanted[1], atol=1e-5)
-    if similarity == "dot" and keys == 9:
+    if (similarity, aggregation, keys) == ("dot", "dot", 9):
         other = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
         np.testing.assert_allclose(out, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("similarity, aggregation", PAIRS)
+def test_nothing_comes_from_hidden_keys(similarity, aggregation):
+    """Neither forward nor backward: of queries 0 to 2, which see the keys 0 to 2."""
+    run = functools.partial(
+        adder_attention, is_causal=True, similarity=similarity, aggregation=aggregation, identity=False
+    )
+    operands = [normal(i, 1, 6, 2, 8) for i in range(3)]
+    changed = [array + 3.0 * (np.arange(6) > 2)[:, None, None].astype(np.float32) for array in operands]
+    np.testing.assert_allclose(run(*changed)[:, :3], run(*operands)[:, :3], atol=2e-5)
+    assert not np.allclose(run(*changed)[:, 3:], run(*operands)[:, 3:], atol=0.1)
+    gradients = jax.grad(lambda *a: jnp.sum(run(*a)[:, :3] ** 2), (1, 2))(*operands)
+    for gradient in gradients:
+        np.testing.assert_allclose(gradient[:, 3:], 0.0, atol=2e-5)
+        assert np.abs(gradient[:, :3]).max() > 0.1
+
+
+def test_masked_values_get_the_hardtanh_gradient_of_what_is_seen():
+    value, g = 2 * normal(0, 1, 5, 1, 3), normal(1, 1, 5, 1, 3)
+    mask = np.tril(np.ones((5, 5), bool))
+    queries = np.zeros((1, 5, 1, 4), np.float32)  # so that weights are uniform over what is seen
+    run = functools.partial(adder_attention, queries, queries, mask=mask, aggregation="l1", identity=False)
+    (found,) = jax.vjp(lambda v: run(v), value)[1](g)
+    weights = mask / mask.sum(-1, keepdims=True)
+    rule = np.clip(weights[:, :, None] - value[0, :, 0][None], -1, 1)  # [t, s, d]
+    expected = (mask[:, :, None] * rule * g[0, :, 0][:, None]).sum(0)
+    np.testing.assert_allclose(found[0, :, 0], expected, atol=1e-5)
 
 
 def test_causal_attention_with_a_symbolic_number_of_tokens():

@@ -87,6 +87,11 @@ def test_stacked_layers_are_rescaled_one_by_one(rescale, shape):
     np.testing.assert_allclose(twice[0], alone, rtol=1e-6)
     with pytest.raises(ValueError, match=r"adder_kernel has shape \(5, .*nn.scan .* pass stacked_axes=1"):
         rescaled(layers)
+    with pytest.raises(ValueError, match="some layers are stacked and others are not.* optax.masked"):
+        rescaled(layers[0], stacked_axes=1)
+    for wrong in (-1, 1.5, "1"):
+        with pytest.raises(ValueError, match="stacked_axes=.* must be a whole number"):
+            rescale(stacked_axes=wrong)
 
 
 def test_adam_steps_are_of_equal_relative_size():
@@ -108,6 +113,7 @@ def test_fields_that_have_no_templates_to_act_on_are_named():
     assert without_templates(idle, 0.5, params) == [*named, "anneal_fraction"]
     assert without_templates(idle, 0.0, params) == named
     assert without_templates(OptimizerConfig(), 0.0, params) == []
+    assert without_templates(OptimizerConfig(adder_multiplier=0.0), 0.0, params) == named[:1]
     assert without_templates(idle, 0.5, PARAMS) == []
 
 

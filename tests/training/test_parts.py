@@ -228,6 +228,10 @@ def test_fields_younger_than_the_workdir_had_their_defaults(tmp_path):
         WorkdirError, match=r"configuration: clip \(1.0 there, no such field now\); data.sizes"
     ):
         workdir.open_workdir(tmp_path, CONFIG, defaults=defaults)
+    gone = {name: value for name, value in younger.items() if name != "seed"}
+    # A field that exists no more, neither here nor there, is not filled in from the defaults.
+    begin(tmp_path / "other", gone)
+    workdir.open_workdir(tmp_path / "other", gone, defaults=defaults)
 
 
 def test_the_cache_decides_the_order_of_tfrecord_files(tmp_path):
@@ -261,6 +265,10 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
         workdir.write_config(path, CONFIG)
         raise KeyboardInterrupt
     assert [entry.name for entry in path.iterdir()] == ["config.json"]
+    (path / "lock").touch()  # what was there before the writer stays
+    with pytest.raises(KeyboardInterrupt), workdir.writing(path):
+        raise KeyboardInterrupt
+    assert sorted(entry.name for entry in path.iterdir()) == ["config.json", "lock"]
 
 
 def test_a_lock_that_was_removed_locks_nothing(tmp_path, monkeypatch):
@@ -281,6 +289,9 @@ def test_workdir_is_extended_on_request_only(tmp_path):
     workdir.write_config(workdir.open_workdir(tmp_path, longer, extend=True), longer)
     with pytest.raises(WorkdirError, match="seed"):
         workdir.open_workdir(tmp_path, longer | {"seed": 4}, extend=True)
+    with pytest.raises(WorkdirError, match=r"seed \(0 there, 4 now\); total_steps") as caught:
+        workdir.open_workdir(tmp_path, longer | {"seed": 4, "total_steps": 30})
+    assert "--extend" not in str(caught.value)  # which would not help
 
 
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path):

@@ -11,7 +11,7 @@ from adderflax import adder_matmul
 from adderflax.training import sharding
 from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.restore import load_model
-from adderflax.training.state import annealed_exponent, init_state, make_train_step
+from adderflax.training.state import annealed_exponent, init_state, make_train_step, training_loss
 from adderflax.training.trainer import Trainer, evaluate, train
 
 
@@ -41,6 +41,28 @@ def sized(model):
 
 def targets_of(key, images, labels):
     return images, jax.nn.one_hot(labels, 3)
+
+
+class Echo(nn.Module):
+    """The images are the logits."""
+
+    config: object = None
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return images + self.param("shift", nn.initializers.zeros_init(), (1, 3))
+
+
+def test_loss_and_accuracy_are_those_of_the_batch():
+    logits = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    given = {"params": {"shift": jnp.zeros((1, 3))}}, None, {}, logits, jax.nn.one_hot(labels, 3)
+    loss, (found, _) = training_loss(Echo(), None, *given, jax.random.key(0))
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(loss, -np.log(probabilities[np.arange(8), labels]).mean(), rtol=1e-5)
+    hits = np.mean(logits.argmax(-1) == labels)
+    assert 0 < hits < 1
+    np.testing.assert_allclose(found["accuracy"], hits)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
