@@ -76,7 +76,8 @@ def writing(workdir: str | Path) -> Iterator[Path]:
             lock = file.open("ab+", buffering=0)
         except (FileExistsError, NotADirectoryError) as error:
             raise WorkdirError(
-                f"The workdir {path} lies at or below a file. Choose a directory with --workdir."
+                f"The workdir {path} cannot be written: it is a file, or lies below one. Choose a directory"
+                " with --workdir."
             ) from error
         except OSError as error:
             raise WorkdirError(

@@ -9,7 +9,7 @@ import optax
 import pytest
 from test_trainer import small_config
 
-from adderflax.training import divergence, sharding, trainer
+from adderflax.training import divergence, sharding, update
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
 from adderflax.training.trainer import Trainer, evaluate, train
@@ -21,7 +21,7 @@ def poisoned(monkeypatch):
     batches = Trainer(small_config()).train_batches()
     sums = [int(next(batches)["image"].astype(int).sum()) for _ in range(6)]
     batches.close()
-    augment = trainer.data_lib.augment_batch
+    augment = update.augment_batch
 
     def augment_batch(key, images, labels, **keywords):
         total = jnp.sum(images.astype(jnp.int32))
@@ -29,7 +29,7 @@ def poisoned(monkeypatch):
         images, targets = augment(key, images, labels, **keywords)
         return images.at[7].multiply(jnp.where(bad, jnp.inf, 1.0)), targets
 
-    monkeypatch.setattr(trainer.data_lib, "augment_batch", augment_batch)
+    monkeypatch.setattr(update, "augment_batch", augment_batch)
 
 
 def state_of(run, steps):
