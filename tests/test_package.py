@@ -5,6 +5,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -42,8 +44,18 @@ def test_wheel_is_installed_and_imported_from_another_directory(tmp_path):
     assert Path(file).is_relative_to(site) and value == "-2.0" and same_version == "True"
 
 
-def test_what_training_needs_besides_is_told():
-    code = "import sys; sys.modules['ml_collections'] = None; import adderflax.training.config"
+@pytest.mark.parametrize(
+    ("missing", "module"),
+    [
+        ("ml_collections", "adderflax.training.config"),
+        ("ml_collections", "adderflax.energy"),
+        ("ml_collections", "adderflax.pods"),
+        ("ml_collections", "adderflax.study"),
+        ("grain", "adderflax.training.restore"),
+    ],
+)
+def test_what_training_needs_besides_is_told(missing, module):
+    code = f"import sys; sys.modules['{missing}'] = None; import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode and "`pip install '.[train]'`" in done.stderr.splitlines()[-1]
 

@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from adderflax.analysis.integers import in_float32
-from adderflax.analysis.ledger import Entry, Ledger, count_operations
-from adderflax.analysis.primitives import ADDER, PRODUCT
+from adderflax.analysis.ledger import Ledger, count_operations
 from adderflax.data import DataConfig, DatasetInfo
 from adderflax.models.classifier import abstract_variables, image_shape
 from adderflax.models.families import ModelConfig, build_model
@@ -117,19 +114,4 @@ def inference_ledger(model: ModelConfig) -> Ledger:
     """The operations of classifying one image, from shapes alone."""
     module = build_model(model)
     image = jax.ShapeDtypeStruct((1, *image_shape(model)), jnp.float32)
-    ledger = count_operations(module.apply, abstract_variables(module), image, constant_argnums=(0,))
-    return dataclasses.replace(ledger, entries=tuple(_aggregations_as_products(ledger.entries)))
-
-
-def _aggregations_as_products(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """An export leaves an aggregation that adds in float32, as it leaves one that multiplies.
-
-    Of an attention's products and adder operators the first is the similarity, the second the aggregation.
-    """
-    seen: Counter[str] = Counter()
-    for entry in entries:
-        if entry.kind in (PRODUCT, ADDER) and entry.path.rpartition("/")[2] == "attention":
-            seen[entry.path] += 1
-            if seen[entry.path] > 1 and entry.kind == ADDER:
-                entry = dataclasses.replace(entry, priced_as=PRODUCT)
-        yield entry
+    return count_operations(module.apply, abstract_variables(module), image, constant_argnums=(0,))

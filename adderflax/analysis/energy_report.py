@@ -11,6 +11,7 @@ from adderflax.analysis.ledger import Entry, Ledger
 from adderflax.analysis.primitives import ADDER, PRODUCT
 
 SOFTMAX, NORMALIZATION, REST = "softmax, scale, identity", "normalization", "rest"
+_AGGREGATION = "A V"
 # Parts of a network by the last name of the module path, in the order in which they are shown.
 _PARTS = {
     "patch_embedding": "patch embedding",
@@ -27,7 +28,7 @@ _ORDER = (
     "patch embedding",
     "q, k, v projections",
     "scores",
-    "A V",
+    _AGGREGATION,
     "output projection",
     "fc1, fc2",
     "MLP convolution",
@@ -163,6 +164,7 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
         table: the unit energies.
         memory: a level of the table's memory.
     """
+    model, twin = map(_aggregations_as_products, (model, twin))
     twin = _beside_adders(model, twin)
     ours, theirs = split_into_parts(model), split_into_parts(twin)
     names = dict.fromkeys((*ours, *theirs))
@@ -176,6 +178,17 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
     empty = Ledger(())
     parts = (Part(n, priced(ours.get(n, empty)), priced(theirs.get(n, empty))) for n in ordered)
     return Report(model, twin, table, memory, tuple(parts))
+
+
+def _aggregations_as_products(ledger: Ledger) -> Ledger:
+    """The ledger with aggregations that add priced as products: an export leaves either in float32."""
+    aggregations = split_into_parts(ledger).get(_AGGREGATION, Ledger(())).entries
+    adding = {id(entry) for entry in aggregations if entry.kind == ADDER}
+    entries = (
+        dataclasses.replace(entry, priced_as=PRODUCT) if id(entry) in adding else entry
+        for entry in ledger.entries
+    )
+    return dataclasses.replace(ledger, entries=tuple(entries))
 
 
 def _beside_adders(model: Ledger, twin: Ledger) -> Ledger:
@@ -215,7 +228,7 @@ def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:
             return _PARTS[name]
         if name == "attention":
             seen[entry.path] += multiplies
-            return ("scores", "A V")[seen[entry.path] > 1] if multiplies else SOFTMAX
+            return ("scores", _AGGREGATION)[seen[entry.path] > 1] if multiplies else SOFTMAX
         if name == "mlp":
             return "GELU"
         return re.sub(r"_\d+$", "", name) or REST if multiplies else REST

@@ -23,6 +23,10 @@ def transfer(
       params: of ``VisionTransformer(config)``.
       config: of the trained model.
       to: the model whose images and classes are wanted.
+
+    Returns:
+      The parameters, position_embedding [1, T, D] and head [D, num_classes] of the new sizes and all else as
+      given, which stays unchanged; and the description of the model whose they are.
     """
     params, sizes = dict(params), {}
     if to.image_size != config.image_size and to.patch_size == config.patch_size:
@@ -41,8 +45,11 @@ def resize_position_embedding(position_1xTxD: jax.Array, config: VisionTransform
     """Position embeddings on the model's grid, bicubic and antialiased as timm's `resample_abs_pos_embed`.
 
     Args:
-      position_1xTxD: those of another grid, behind that of the class token where the model has one.
+      position_1xTxD: those of another square grid, behind that of the class token where the model has one.
       config: the model.
+
+    Returns:
+      [1, num_tokens, D], the class token's unchanged.
     """
     if position_1xTxD.shape[1] == config.num_tokens:
         return position_1xTxD

@@ -13,6 +13,7 @@ from typing import Any
 
 from adderflax import extras
 
+# Modules that are imported by a command take ConfigDict from here, where its absence is told.
 try:
     from ml_collections import ConfigDict, config_dict
 except ModuleNotFoundError as error:

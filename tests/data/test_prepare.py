@@ -103,6 +103,11 @@ def test_a_set_that_must_be_downloaded_by_hand(tmp_path):
     assert "ILSVRC2012_img_train.tar" in refused(tmp_path, "imagenet2012")
 
 
+def test_digits_need_no_preparation(capsys):
+    assert prepare.main(["digits"]) == 0
+    assert "nothing is to be prepared" in capsys.readouterr().out
+
+
 def test_an_unknown_name_is_told_in_one_sentence(capsys, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     error = type("DatasetNotFoundError", (ValueError,), {})("Available datasets: - a - b")

@@ -203,6 +203,9 @@ def test_a_new_classifier_stays_silent_and_can_learn():
 def test_what_cannot_be_converted():
     with pytest.raises(ValueError, match="embed_dim is 32 there and 64 here, depth is 2 there and 3 here"):
         warm(MULTIPLY, dataclasses.replace(ADDER, embed_dim=64, mlp_dim=128, depth=3))
+    # With other patches no image size fits: only the patches are to be set alike.
+    with pytest.raises(ValueError, match="same sizes, but patch_size is 4 there and 2 here. Set"):
+        warm(MULTIPLY, dataclasses.replace(ADDER, patch_size=2, image_size=ADDER.image_size // 2))
     with pytest.raises(ValueError, match="attention/key differs .* has no normalization"):
         warm(VIT, dataclasses.replace(ADDER, normalization="none"))
     with pytest.raises(ValueError, match="attention/key adds in the source and multiplies"):

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from adderflax.operators import _gpu_kernels as kernels
 
@@ -18,13 +19,14 @@ class EmulationError(RuntimeError):
     """The sanitizers or the scheduler of the emulation found a fault; their report."""
 
 
-def unavailable() -> str | None:
-    """Why kernels cannot be emulated here, or None."""
+def require() -> None:
+    """Skips the test where kernels cannot be emulated."""
     if shutil.which("g++") is None:
-        return "no g++ to compile the kernels for the CPU"
+        pytest.skip("no g++ to compile the kernels for the CPU")
     command = ["g++", *_SANITIZERS, "-x", "c++", "-", "-o", "/dev/null"]
     tried = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
-    return None if tried.returncode == 0 else "g++ has no address and undefined behaviour sanitizers"
+    if tried.returncode:
+        pytest.skip("g++ has no address and undefined behaviour sanitizers")
 
 
 def emulate(folder: Path, calls, edit=lambda text: text) -> list[np.ndarray]:

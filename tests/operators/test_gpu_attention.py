@@ -189,9 +189,7 @@ def check_case(case, actual):
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    reason = gpu_emulator.unavailable()
-    if reason:
-        pytest.skip(reason)
+    gpu_emulator.require()
     return run_emulated(tmp_path_factory.mktemp("emulated"), EMULATED)
 
 
@@ -215,9 +213,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutated_kernels_are_caught(name, tmp_path):
-    reason = gpu_emulator.unavailable()
-    if reason:
-        pytest.skip(reason)
+    gpu_emulator.require()
     part, before, after = MUTATIONS[name]
 
     case = MUTATED["offset" if name == "the other side" else "normal"]

@@ -80,9 +80,7 @@ def call_of(method, rule, arrays, tile):
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    reason = gpu_emulator.unavailable()
-    if reason:
-        pytest.skip(reason)
+    gpu_emulator.require()
     calls = [
         call_of(method, rule, operands(method, *lengths, dtype, kind), tile)
         for method, rule, *lengths, tile, dtype, kind in EMULATED
@@ -135,9 +133,7 @@ def byte_call(x, y, tile):
 
 
 def test_emulated_sums_of_bytes_are_exact(tmp_path):
-    reason = gpu_emulator.unavailable()
-    if reason:
-        pytest.skip(reason)
+    gpu_emulator.require()
     pairs = [byte_operands(*lengths) for *lengths, _ in BYTES]
     calls = [byte_call(*pair, tile) for pair, (*_, tile) in zip(pairs, BYTES)]
     for actual, pair in zip(gpu_emulator.emulate(tmp_path, calls), pairs):
@@ -154,9 +150,7 @@ def test_emulated_sums_of_bytes_are_exact(tmp_path):
     ],
 )
 def test_mutated_sums_of_bytes_are_caught(before, after, tmp_path):
-    reason = gpu_emulator.unavailable()
-    if reason:
-        pytest.skip(reason)
+    gpu_emulator.require()
 
     def mutate(text):
         assert text.count(before) == 1
@@ -187,9 +181,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutated_kernels_are_caught(name, tmp_path):
-    reason = gpu_emulator.unavailable()
-    if reason:
-        pytest.skip(reason)
+    gpu_emulator.require()
     method, before, after = MUTATIONS[name]
 
     def mutate(text):

@@ -265,6 +265,7 @@ BAD_CALLS = {
     "bias dtype": (TypeError, (Q, K, V), {"bias": np.ones((4, 4), np.int32)}, ["bias", "int32"]),
     "scale": (ValueError, (Q, K, V), {"scale": np.ones(3, np.float32)}, ["scale", "(3,)"]),
     "scale type": (TypeError, (Q, K, V), {"scale": "1"}, ["scale", "'1'", "scalar array"]),
+    "is_causal": (TypeError, (Q, K, V), {"is_causal": "yes"}, ["is_causal", "'yes'", "True or False"]),
     "no keys": (ValueError, (Q, K[:, :0], V[:, :0]), {"identity": False}, ["key", "(2, 0, 3, 8)"]),
     "dtype": (TypeError, (Q, K, V.astype(np.float64)), {}, ["value", "float64"]),
 }  # fmt: skip
