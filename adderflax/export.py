@@ -2,8 +2,10 @@
 
     python -m adderflax.export runs/digits_adder_vit runs/digits_int8
     python -m adderflax.export runs/digits_adder_vit runs/digits_int4 --bits 4 --evaluate
+    python -m adderflax.export runs/digits_adder_vit runs/digits_whole --integer_only
 
-The arithmetic is explained in `adderflax.analysis.integers`, the files in `adderflax.analysis.integer_files`.
+The arithmetic is explained in `adderflax.analysis.integers`, that without a float in
+`adderflax.analysis.integer_only`, the files in `adderflax.analysis.integer_files`.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from adderflax.data import DatasetNotReadyError
 from adderflax.training import profiling
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
+
+_WHOLE = "test_accuracy_integer_only"
 
 
 @pipes.reader_may_leave()
@@ -37,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration", type=int, default=256, help="training images (default 256)")
     parser.add_argument("--vectors", type=int, default=2, help="test images to trace (default 2)")
     parser.add_argument("--evaluate", action="store_true", help="classify the whole test part, too")
+    parser.add_argument(
+        "--integer_only", action="store_true", help="also the model without a float, from pixels to logits"
+    )
     parser.add_argument("--best", action="store_true", help="the best checkpoint, not the newest")
     parser.add_argument("--data_dir", metavar="DIR", help="where prepared data sets are on this machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -63,7 +70,8 @@ def as_text(description: dict) -> str:
             "",
             f"{description['test_examples']} test images: {description['test_accuracy_float']:.4f} in"
             f" float32, {description['test_accuracy_integer']:.4f} with integers of"
-            f" {description['bits']} bits",
+            f" {description['bits']} bits"
+            + (f", {description[_WHOLE]:.4f} with nothing but integers" if _WHOLE in description else ""),
         ]
     return "\n".join(lines)
 

@@ -9,7 +9,13 @@
                      (`IntegerModel.vectors`)
     config.json, dataset.json    of the run: the model and the images it is for
 
-A value is its integer times 2^exponent of its operation.
+A value is its integer times 2^exponent of its operation. With `integer_only`, besides:
+
+    integer_only.md              what the following hold, and every step, none of them in floats
+    integer_only.py              the model in NumPy alone, which checks itself (integer_only_reference.py)
+    integer_only.json            the model's description, and units of all values
+    integer_only.npz             all weights and tables, in integers
+    integer_only_vectors.npz     images uint8, and what every step gives for them (`IntegerOnly.trace`)
 """
 
 import contextlib
@@ -19,7 +25,7 @@ import shutil
 import tempfile
 import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from adderflax.analysis.integer_only import FORMAT, computing_fast, integer_only_model
+from adderflax.analysis.integer_only_reference import IntegerOnly
 from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize, width
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
 from adderflax.encoder import EncoderConfig
@@ -43,6 +51,7 @@ from adderflax.training.workdir import (
 )
 
 _INTEGERS, _VECTORS = "integers.npz", "vectors.npz"
+_INTEGER_ONLY = "integer_only"
 _FORMAT = 1
 _EVALUATED_AT_ONCE = 100
 # What reading a damaged file of ours ends with.
@@ -57,6 +66,7 @@ def export_workdir(
     calibration: int = 256,
     vectors: int = 2,
     evaluate: bool = False,
+    integer_only: bool = False,
     best: bool = False,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
@@ -69,6 +79,7 @@ def export_workdir(
       calibration: how many training images choose the grids.
       vectors: how many test images are traced into vectors.npz.
       evaluate: also classify the whole test part, with integers and without.
+      integer_only: also write the model without a float anywhere; it must be a Vision Transformer.
       best: take the checkpoint with the best validation accuracy instead of the newest.
       data_dir: where prepared data sets are on this machine; None looks where the run's configuration says.
 
@@ -76,7 +87,8 @@ def export_workdir(
       What integers.json holds.
 
     Raises:
-      ValueError: an argument is not allowed, the model adds nowhere, or the directory is not empty.
+      ValueError: an argument is not allowed, the directory is not empty, or the model adds nowhere and is
+        not written with `integer_only`.
       WorkdirError: the workdir holds no trained run, or the directory cannot be written.
       adderflax.data.DatasetNotReadyError: the data set is not there.
     """
@@ -96,24 +108,41 @@ def export_workdir(
     def first_images(part: str, count: int) -> np.ndarray:
         return next(evaluation_batches(dataset, part, data, batch_size=count))["image"]
 
-    def accuracies(integers: IntegerModel) -> dict[str, Any]:
+    def accuracies(integers: IntegerModel, whole: IntegerOnly | None) -> dict[str, Any]:
+        functions = {
+            "float": _jitted(lambda images: in_float32(model).apply(variables, images), info),
+            "integer": _jitted(integers.apply, info),
+        }
+        if whole is not None:
+            functions["integer_only"] = lambda pixels: whole.logits(pixels).integers
         figures = {}
-        for name, function in (
-            ("float", lambda images: in_float32(model).apply(variables, images)),
-            ("integer", integers.apply),
-        ):
+        for name, function in functions.items():
             batches = evaluation_batches(dataset, "test", data, batch_size=_EVALUATED_AT_ONCE)
-            figures[f"test_accuracy_{name}"] = _accuracy(function, batches, info)
+            figures[f"test_accuracy_{name}"] = _accuracy(function, batches)
         return figures | {"test_examples": len(dataset.test)}
 
     with _all_or_nothing(directory) as written:
-        images = normalize_batch(first_images("train", calibration), info)
-        integers = quantize(model, variables, images, bits=bits)
-        figures = accuracies(integers) if evaluate else {}
+        images = first_images("train", calibration)
+        integers = quantize(model, variables, normalize_batch(images, info), bits=bits)
+        if not (integers.operations or integer_only):
+            raise ValueError(
+                "The model has no adder layer and no L1 similarity, so it has no integers to export. Choose a"
+                " model whose arithmetic adds, or integer_only, which rounds what multiplies too."
+            )
+        if not integers.operations and bits != 8:
+            raise ValueError(
+                f"bits={bits} is that of adder layers and L1 similarities, and the model has none: what"
+                " multiplies does so with 8. Leave bits out."
+            )
+        whole = integer_only_model(integers, images, info) if integer_only else None
+        figures = accuracies(integers, whole) if evaluate else {}
         with _telling_of(directory):
             for name in ("config.json", "dataset.json"):
                 shutil.copyfile(Path(workdir) / name, written / name)
-            return write_integers(written, integers, first_images("test", vectors), info, figures)
+            traced = first_images("test", vectors)
+            if whole is not None:
+                write_integer_only(written, whole, traced)
+            return write_integers(written, integers, traced, info, figures)
 
 
 def write_integers(
@@ -144,6 +173,21 @@ def write_integers(
     description = _described(integers) | figures
     (directory / INTEGERS).write_text(json.dumps(description, indent=1) + "\n")
     return description
+
+
+def write_integer_only(directory: Path, whole: IntegerOnly, images: np.ndarray) -> None:
+    """Writes the files of a model without floats.
+
+    Args:
+      directory: where to.
+      whole: the model.
+      images: uint8 [B, H, W, C] that are traced.
+    """
+    np.savez_compressed(directory / f"{_INTEGER_ONLY}.npz", **whole.arrays)
+    np.savez_compressed(directory / f"{_INTEGER_ONLY}_vectors.npz", images=images, **whole.trace(images))
+    for source, kind in (("integer_only_format.md", "md"), ("integer_only_reference.py", "py")):
+        shutil.copyfile(Path(__file__).with_name(source), directory / f"{_INTEGER_ONLY}.{kind}")
+    (directory / f"{_INTEGER_ONLY}.json").write_text(json.dumps(whole.described, indent=1) + "\n")
 
 
 def _described(integers: IntegerModel) -> dict[str, Any]:
@@ -229,6 +273,27 @@ def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
     return IntegerModel(model, variables, bits, operations), info
 
 
+def load_integer_only(directory: str | Path) -> tuple[IntegerOnly, DatasetInfo]:
+    """Loads the model without floats that `export_workdir` has written with `integer_only`.
+
+    Raises:
+      WorkdirError: a file is missing or damaged.
+    """
+    directory = Path(directory)
+    info = read_info(directory)
+    try:
+        described = json.loads((directory / f"{_INTEGER_ONLY}.json").read_text())
+        if described["format"] != FORMAT:
+            raise ValueError(f"its format is {described['format']}, and this version reads {FORMAT}")
+        with np.load(directory / f"{_INTEGER_ONLY}.npz") as arrays:
+            return computing_fast(described, dict(arrays)), info
+    except _DAMAGE as error:
+        raise WorkdirError(
+            f"{directory} cannot be read as a model without floats: {error!r}. Export the run again, with"
+            " --integer_only."
+        ) from error
+
+
 def _resolved(config: Any) -> dict[str, Any]:
     """A model's description with what its unset fields stand for."""
     return dataclasses.asdict(config.resolved() if isinstance(config, EncoderConfig) else config)
@@ -241,11 +306,17 @@ def _arrays(integers: IntegerModel) -> dict[str, np.ndarray]:
     return arrays | {f"constants/{name}": array for name, array in integers.constants().items()}
 
 
-def _accuracy(function, batches: Iterator[Mapping[str, np.ndarray]], info: DatasetInfo) -> float:
+def _jitted(function: Callable, info: DatasetInfo) -> Callable[[np.ndarray], np.ndarray]:
+    """The function of normalized images as one of pixels."""
+    jitted = jax.jit(lambda pixels: function(normalize_batch(pixels, info)))
+    return lambda pixels: np.asarray(jitted(pixels))
+
+
+def _accuracy(logits: Callable[[np.ndarray], np.ndarray], batches: Iterator[Mapping]) -> float:
     """Share of images, 0 to 1, whose label has the largest logit."""
-    predict = jax.jit(lambda pixels: jnp.argmax(function(normalize_batch(pixels, info)), axis=-1))
     correct = total = 0.0
     for batch in batches:
-        correct += float(np.sum((np.asarray(predict(batch["image"])) == batch["label"]) * batch["weight"]))
+        predicted = logits(batch["image"]).argmax(axis=-1)
+        correct += float(np.sum((predicted == batch["label"]) * batch["weight"]))
         total += float(np.sum(batch["weight"]))
     return correct / total

@@ -59,8 +59,7 @@ class Export:
         kind = self.operations[name]["kind"]
         if kind == "similarity":
             query_BxHxTxd, key_BxHxTxd = (x.astype(np.int64).transpose(0, 2, 1, 3) for x in operands)
-            heads = [distances(q, k.T) for q, k in zip(_merged(query_BxHxTxd), _merged(key_BxHxTxd))]
-            return np.stack(heads).reshape(*query_BxHxTxd.shape[:2], *heads[0].shape)
+            return distances(query_BxHxTxd, key_BxHxTxd.swapaxes(2, 3))
         inputs, templates = operands[0].astype(np.int64), self.arrays[f"params/{name}/adder_kernel"]
         if kind == "dense":
             sums = distances(inputs.reshape(-1, inputs.shape[-1]), templates.astype(np.int64))
@@ -92,16 +91,19 @@ class Export:
         return (np.float32(images) / np.float32(255) - self._mean) / self._deviation
 
 
-def distances(x_MxK: np.ndarray, y_KxN: np.ndarray) -> np.ndarray:
-    """-sum_k |x - y|, [M, N]."""
-    blocks = (x_MxK[start : start + _ROWS_AT_ONCE] for start in range(0, len(x_MxK), _ROWS_AT_ONCE))
-    return np.concatenate([-np.abs(block[:, :, None] - y_KxN).sum(axis=1) for block in blocks])
+def distances(x_xMxK: np.ndarray, y_xKxN: np.ndarray) -> np.ndarray:
+    """-sum_k |x - y|, [..., M, N], of stacks of matrices, as np.matmul takes them."""
+    starts = range(0, x_xMxK.shape[-2], _ROWS_AT_ONCE)
+    blocks = (x_xMxK[..., start : start + _ROWS_AT_ONCE, :, None] for start in starts)
+    return np.concatenate(
+        [-np.abs(block - y_xKxN[..., None, :, :]).sum(axis=-2) for block in blocks], axis=-2
+    )
 
 
 def convolution(
     x_BxHxWxC: np.ndarray, kernel: np.ndarray, product, *, strides, padding, dilation, feature_group_count
 ) -> np.ndarray:
-    """A convolution: `product`, as `distances` or `np.matmul`, of patches and kernel [h, w, C / groups, O].
+    """A convolution: `product`, `distances` or `np.matmul`, of patches and kernel [h, w, C / groups, O].
 
     x is [B, H, W, C], the result [B, H', W', O]. Zeros are added around the image, (before, after) in
     height and width; the o-th of equally many groups of filters sees the o-th group of channels alone.
@@ -118,19 +120,14 @@ def convolution(
             seen = x[:, top : top + (rows - 1) * step_h + 1 : step_h]
             seen = seen[:, :, left : left + (columns - 1) * step_w + 1 : step_w].reshape(-1, groups, inside)
             weights = kernel[i, j].reshape(inside, groups, filters // groups)
-            parts = [product(seen[:, group], weights[:, group]) for group in range(groups)]
-            total = total + np.concatenate(parts, axis=1)
-    return total.reshape(len(x), rows, columns, filters)
+            total = total + product(seen.swapaxes(0, 1), weights.swapaxes(0, 1))
+    return total.swapaxes(0, 1).reshape(len(x), rows, columns, filters)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     cubic = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
     return x * np.float32(0.5) * (np.float32(1) + np.tanh(cubic))
-
-
-def _merged(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1, *array.shape[2:])
 
 
 class _Transformer:

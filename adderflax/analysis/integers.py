@@ -178,7 +178,7 @@ def width(lowest: int, highest: int) -> int:
 def quantize(
     model: nn.Module, variables: Mapping[str, Any], images_BxHxWxC: jax.Array, *, bits: int = 8
 ) -> IntegerModel:
-    """The model with integer adder layers; nothing is trained.
+    """The model with integer adder layers, as many as it has; nothing is trained.
 
     Each layer's unit is the power of two with which its outputs on the calibration images, normalized where
     the layer normalizes, differ least from those without a grid, in the mean square; for an L1 similarity
@@ -194,9 +194,9 @@ def quantize(
 
     Raises:
       TypeError: the model has no such `config`.
-      ValueError: `bits` is not allowed; the model has no adder layer and no L1 similarity; or one of them is
-        not finite, called twice, not called, called at another p or inside a transformation of JAX, such as a
-        scan, or has more terms than are summed exactly; or there is no image.
+      ValueError: `bits` is not allowed; an adder layer or L1 similarity is not finite, called twice, not
+        called, called at another p or inside a transformation of JAX, such as a scan, or has more terms than
+        are summed exactly; or there is no image.
     """
     if bits not in BITS or isinstance(bits, bool):
         raise ValueError(f"bits={bits!r} is not known; choose one of {', '.join(map(str, BITS))}.")
@@ -223,11 +223,6 @@ def quantize(
 
     with nn.intercept_methods(calibrate):
         model.apply(variables, images_BxHxWxC)
-    if not operations:
-        raise ValueError(
-            "The model has no adder layer and no L1 similarity, so it has no integers to export. Choose a"
-            " model whose arithmetic adds."
-        )
     for name, operation in operations.items():
         if operation.terms > _MOST_TERMS:
             raise ValueError(
@@ -275,7 +270,7 @@ def _round(values: jax.Array, exponent: int, bits: int) -> jax.Array:
     return jnp.clip(jnp.round(values.astype(jnp.float32) * 2.0**-exponent), -largest, largest - 1)
 
 
-def _best(bits: int, error: Callable[[int], float], *operands: jax.Array) -> tuple[int, float]:
+def best_exponent(bits: int, error: Callable[[int], float], *operands: jax.Array) -> tuple[int, float]:
     """The exponent with the least error, and the share of the operands that its grid cuts off."""
     if not all(bool(jnp.all(jnp.isfinite(array))) for array in operands):
         raise ValueError(
@@ -303,7 +298,7 @@ def _layer_operation(
         found = detached.apply({"params": rounded}, on_grid(inputs, exponent, bits))
         return float(jnp.mean(jnp.square(found - outputs)))
 
-    exponent, clipped = _best(bits, error, inputs, kernel)
+    exponent, clipped = best_exponent(bits, error, inputs, kernel)
     terms, shared = math.prod(kernel.shape[:-1]), {"centered": layer.centered, "clipped": clipped}
     if isinstance(layer, AdderDense):
         return IntegerOperation("dense", exponent, terms, **shared)
@@ -330,7 +325,7 @@ def _similarity_operation(
         found = logits(*(on_grid(array, exponent, bits) for array in (query_BxTxD, key_BxSxD)))
         return float(jnp.mean(jnp.square(found - wanted)))
 
-    exponent, clipped = _best(bits, error, query_BxTxD, key_BxSxD)
+    exponent, clipped = best_exponent(bits, error, query_BxTxD, key_BxSxD)
     return IntegerOperation("similarity", exponent, query_BxTxD.shape[-1] // heads, clipped=clipped)
 
 

@@ -281,8 +281,7 @@ def test_what_cannot_be_made_of_integers():
         with pytest.raises(ValueError, match="bits=.* is not known; choose one of 2, 3, 4, 5, 6, 7, 8"):
             quantize(model, variables, images, bits=bits)
     twin, variables, images = model_of(**(SMALL | {"arithmetic": "multiply"}))
-    with pytest.raises(ValueError, match="no adder layer and no L1 similarity"):
-        quantize(twin, variables, images)
+    assert not quantize(twin, variables, images).operations
 
 
 def test_sums_beyond_what_float32_holds_are_refused():

@@ -1,0 +1,305 @@
+"""Models without floats: each step is what the page says, and the whole is the model, in every bit."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integer_models import SMALL, model_of
+
+from adderflax import export
+from adderflax.analysis import integer_only_reference as reference
+from adderflax.analysis.integer_files import export_workdir, load_integer_only, write_integer_only
+from adderflax.analysis.integer_only import integer_only_model
+from adderflax.analysis.integers import quantize
+from adderflax.data import DataConfig, load_dataset, normalize_batch
+from adderflax.models import AdderResNet, AdderResNetConfig
+from adderflax.training.config import default_config
+from adderflax.training.trainer import train
+from adderflax.training.workdir import WorkdirError
+
+ALL_ADD = {"patch_embedding": "adder", "head": "adder", "aggregation": "l1"}
+STEM = {"stem": "conv", "mlp_kernel_size": 3}
+INFO = load_dataset(DataConfig(name="digits")).info
+MODELS = {
+    "plain": {},
+    "token": {"pooling": "token", "centered": False, "identity": False},
+    "all-add": ALL_ADD | {"pooling": "token", "power_activation": True},
+    "all-add-stem": ALL_ADD | STEM | {"centered": False},
+    "stem": STEM | {"mlp_convolution": "multiply", "power_activation": True},
+    "twin": STEM | {"arithmetic": "multiply"},
+    "vit": {"arithmetic": "vit", "pooling": "token"},
+    "no-norms": {"normalization": "none", "attention_scale": 0.05, "layer_norm_epsilon": 0.05},
+}
+
+
+def made(bits: int = 8, **fields):
+    """A model with every parameter moved from where it begins, its integers, and pixels."""
+    model, variables, _ = model_of(**(SMALL | fields))
+    noise = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: leaf + jnp.float32(0.1 * noise.normal(size=leaf.shape)), variables)
+    pixels = noise.integers(0, 256, (24, 8, 8, 1), np.uint8)
+    integers = quantize(model, variables, normalize_batch(pixels, INFO), bits=bits)
+    return integers, integer_only_model(integers, pixels, INFO), pixels
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=MODELS)
+def models(request):
+    return made(**MODELS[request.param])
+
+
+def test_the_model_is_the_one_with_floats(models):
+    integers, whole, pixels = models
+    expected = np.asarray(integers.apply(normalize_batch(pixels, INFO)))
+    logits = whole.logits(pixels)
+    found = logits.integers * 2.0**logits.exponent
+    # Of random models, whose logits follow every rounding; trained ones have margins.
+    assert np.sqrt(np.mean(np.square(found - expected))) < 0.06 * np.std(expected)
+
+
+def test_numpy_has_every_bit(models):
+    _, whole, pixels = models
+    fast = whole.trace(pixels[:3])
+    slow = reference.IntegerOnly(whole.described, whole.arrays).trace(pixels[:3])
+    assert fast.keys() == slow.keys()
+    for name, integers in slow.items():
+        np.testing.assert_array_equal(fast[name], integers, err_msg=name)
+
+
+def test_units_use_the_bits_that_there_are(models):
+    _, whole, pixels = models
+    traced = whole.trace(pixels)
+    norms = {name: integers for name, integers in traced.items() if name in whole.described["norms"]}
+    # Of the last block a model with a class token uses that one alone.
+    seen = 1 if whole.described["model"]["pooling"] == "token" else None
+    stream = [traced["embedded"], traced["block_0/attended"], traced["block_0"][:, :seen]]
+    for name, integers in (norms | {"stream": np.concatenate(stream, axis=1)}).items():
+        # Half of the range is kept for images that go beyond what was seen.
+        assert 2**13 <= np.abs(integers).max() <= 2**14 + 2**10, name
+
+
+def test_attention_is_that_of_its_scores(models):
+    _, whole, pixels = models
+    described, traced, name = whole.described["model"], whole.trace(pixels), "block_0/attention"
+    entry = whole.described["attentions"][name]
+    value = reference.Fixed(
+        np.int64(traced[f"{name}/value"]), whole.described["layers"][f"{name}/value"]["output"]
+    )
+    if value.exponent is None or f"{name}/value/norm" in whole.described["norms"]:
+        value = value._replace(exponent=whole.described["norms"][f"{name}/value/norm"]["output"])
+    if f"{name}/value/power" in whole.described["tables"]:
+        value = value._replace(exponent=whole.described["tables"][f"{name}/value/power"]["output"])
+    integers = reference.rescaled(value, entry["value"], entry["value_bits"]).integers
+    heads = traced[f"{name}/scores"].shape[1]
+    B, T, D = integers.shape
+    value_BxHxTxd = (integers * 2.0 ** entry["value"]).reshape(B, T, heads, D // heads).transpose(0, 2, 1, 3)
+    l1 = described["similarity"] == "l1"
+    unit = entry["query"] if l1 else entry["query"] + entry["key"]
+    weights = jax.nn.softmax(traced[f"{name}/scores"] * 2.0**unit * described["attention_scale"], axis=-1)
+    weights = np.asarray(weights, np.float64) + np.eye(T) * described["identity"]
+    if described["aggregation"] == "dot":
+        expected, exponent = weights @ value_BxHxTxd, entry["value"] - reference.ATTENDED
+    else:
+        expected = -np.abs(weights[..., None] - value_BxHxTxd[:, :, None]).sum(axis=3)
+        exponent = entry["value"]
+    found = traced[f"{name}/heads"] * 2.0**exponent
+    # Exponents of 2 have 8 binary places, weights of an L1 aggregation the unit of the values.
+    np.testing.assert_allclose(
+        found, expected, atol=T * 2.0 ** (exponent - 1) + 0.002 * np.abs(value_BxHxTxd).max()
+    )
+
+
+def test_few_bits_are_those_of_the_adder_layers():
+    integers, whole, pixels = made(bits=3, **STEM, mlp_convolution="multiply")
+    layers = whole.described["layers"]
+    assert {name: entry["bits"] for name, entry in layers.items() if entry["adds"]} == {
+        name: 3 for name, operation in integers.operations.items() if operation.kind != "similarity"
+    }
+    assert {entry["bits"] for entry in layers.values() if not entry["adds"]} == {8}
+    adds = [name for name, entry in layers.items() if entry["adds"]]
+    assert max(np.abs(whole.arrays[f"{name}/kernel"]).max() for name in adds) <= 4
+    assert np.abs(whole.arrays["block_0/mlp/gelu"]).max() <= 4  # what fc2 takes
+
+
+def test_no_float_is_in_the_reference():
+    tree = ast.parse(inspect.getsource(reference))
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]  # it divides paths
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Div), "a division that gives floats"
+        assert not (isinstance(node, ast.Constant) and isinstance(node.value, float)), node.value
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {(m, f) for m in ("np", "math") for f in ("sqrt", "exp")}
+            assert not node.attr.startswith("float")
+
+
+def test_arrays_are_integers(models):
+    _, whole, _ = models
+    assert {array.dtype.name for array in whole.arrays.values()} <= {"int8", "int16", "int32"}
+    with pytest.raises(TypeError, match="Cannot cast"):
+        arrays = whole.arrays | {"exponentials": np.float64(whole.arrays["exponentials"])}
+        reference.IntegerOnly(whole.described, arrays)
+
+
+def test_shifts_round_halves_up():
+    values = np.array([-7, -6, -5, -2, -1, 0, 1, 2, 5, 6, 7])
+    assert reference.shifted(values, 2).tolist() == [-2, -1, -1, 0, 0, 0, 0, 1, 1, 2, 2]
+    assert reference.shifted(values, 0).tolist() == values.tolist()
+    assert reference.shifted(values, -3).tolist() == (8 * values).tolist()
+    places = np.array([[1], [-1]])
+    assert reference.shifted(np.array([[3, -3], [3, -3]]), places).tolist() == [[2, -1], [6, -6]]
+
+
+def test_other_units_round_and_clip():
+    x = reference.Fixed(np.array([-400, -6, -5, 5, 6, 400]), -3)
+    assert reference.rescaled(x, -1, 4).integers.tolist() == [-8, -1, -1, 1, 2, 7]
+    assert reference.rescaled(x, -5).integers.tolist() == [-1600, -24, -20, 20, 24, 1600]
+    total = reference.added(x, reference.Fixed(np.array([1, 1, 1, 1, 1, 1]), -1))
+    assert (total.exponent, total.integers.tolist()) == (-3, [-396, -2, -1, 9, 10, 404])
+
+
+def test_roots_and_lengths_are_exact():
+    random = np.random.default_rng(0)
+    values = np.concatenate([np.arange(70), random.integers(0, 2**32, 1000), [2**32 - 1, 2**30, 2**30 - 1]])
+    assert reference.square_root(values).tolist() == [math.isqrt(value) for value in values.tolist()]
+    wide = np.concatenate([values, random.integers(0, 2**62, 1000), 2 ** np.arange(62), [2**63 - 1]])
+    assert reference.bit_length(wide).tolist() == [value.bit_length() for value in wide.tolist()]
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 17, 256, 768, 3072])
+@pytest.mark.parametrize(
+    ("mean", "deviation", "unit"),
+    [
+        (0, 40, -5),
+        (-9_000, 300, -5),
+        (60_000, 5_000, -8),
+        (3, 2, -2),
+        (0, 30_000, -20),
+    ],  # the last like epsilon
+)
+def test_normalization(n, mean, deviation, unit):
+    random = np.random.default_rng(n)
+    x = np.rint(random.normal(mean, deviation, (5, n))).astype(np.int64)
+    scale, bias = random.normal(1, 0.5, n), random.normal(0, 0.5, n)
+    output, shift, epsilon = -11, 24, 1e-3
+    found = reference.layer_norm(
+        x,
+        np.int64(np.rint(scale * math.sqrt(n) * 2.0 ** (shift - reference.ROOT - output))),
+        np.int64(np.rint(bias * 2.0**-output)),
+        shift,
+        round(n * epsilon * 4.0 ** (reference.MEAN - unit)),
+    )
+    real = x * 2.0**unit
+    centered = real - real.mean(axis=-1, keepdims=True)
+    expected = scale * centered / np.sqrt(np.square(centered).mean(axis=-1, keepdims=True) + epsilon) + bias
+    expected = np.clip(expected, -(2**15) * 2.0**output, (2**15 - 1) * 2.0**output)
+    # A unit for roundings, and 2^-13 of what is normalized, or of 1, for the root, its reciprocal and 15
+    # bits; where the deviation is of few units their sixteenth counts.
+    most = np.abs(expected - bias) + np.abs(scale)
+    coarse = 2.0 ** (unit - 4) * np.abs(scale) / (np.std(real, axis=-1, keepdims=True) + 1e-9)
+    assert np.all(
+        np.abs(found * 2.0**output - expected) <= 2.0**output + most * 2.0**-13 + np.minimum(coarse, 1)
+    )
+
+
+def test_a_row_of_equals_normalizes_to_its_bias():
+    x = np.full((2, 8), [[-70_000], [5]])
+    offset = np.arange(8)
+    found = reference.layer_norm(x, np.full(8, 2**14), offset, 20, 0)
+    assert found.tolist() == [offset.tolist()] * 2
+
+
+def test_exponentials():
+    table = made()[1].arrays["exponentials"]
+    falls = np.concatenate([np.arange(3000), np.arange(3000, 400_000, 97)])
+    found = reference.two_to_the(falls, 6, table)
+    expected = 2.0 ** (reference.ONE - falls / 2.0 ** (6 + reference.SOFTMAX))
+    # Half of the exponent's last place, and one that is cut off.
+    assert np.all(np.abs(found - expected) <= expected * (2.0 ** (0.5 / 2**reference.SOFTMAX) - 1) + 1)
+    assert reference.two_to_the(np.array([0, 2**62]), 6, table).tolist() == [2**15, 0]
+
+
+def test_other_models_are_refused():
+    model = AdderResNet(AdderResNetConfig())
+    with pytest.raises(ValueError, match="A AdderResNet has no form in whole numbers alone"):
+        integer_only_model(
+            dataclasses.replace(made()[0], model=model), np.zeros((1, 8, 8, 1), np.uint8), INFO
+        )
+    with pytest.raises(ValueError, match="no calibration images"):
+        integer_only_model(made()[0], np.zeros((0, 8, 8, 1), np.uint8), INFO)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A multiplying run of two steps on the digits."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {"batch_size": 32, "total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2}
+        | {f"model.{name}": value for name, value in (SMALL | {"arithmetic": "multiply"}).items()}
+    )
+    path = tmp_path_factory.mktemp("integer_only") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        train(config, path, progress=False)
+    return path
+
+
+def test_files(workdir, tmp_path, capsys):
+    directory = tmp_path / "whole"
+    arguments = ["--calibration=40", "--vectors=3", "--evaluate"]
+    export.main([str(workdir), str(directory), *arguments, "--integer_only"])
+    told = capsys.readouterr().out
+    description = json.loads((directory / "integers.json").read_text())
+    accuracy = description["test_accuracy_integer_only"]
+    assert f"with integers of 8 bits, {accuracy:.4f} with nothing but integers" in told
+    whole, info = load_integer_only(directory)
+    test = load_dataset(DataConfig(name="digits")).test
+    pixels, labels = (np.stack([test[i][field] for i in range(len(test))]) for field in ("image", "label"))
+    assert np.mean(whole.logits(pixels).integers.argmax(axis=-1) == labels) == accuracy
+    vectors = dict(np.load(directory / "integer_only_vectors.npz"))
+    np.testing.assert_array_equal(vectors["images"], pixels[:3])
+    np.testing.assert_array_equal(vectors["head"], whole.logits(pixels[:3]).integers)
+    # The files check themselves, without this library.
+    code = (
+        "import runpy, sys; sys.modules |= {'jax': None, 'adderflax': None};"
+        "script = sys.argv.pop(1); sys.path.insert(0, script.rpartition('/')[0]);"
+        "runpy.run_path(script, run_name='__main__')"
+    )
+    checks = [sys.executable, "-E", "-c", code, str(directory / "integer_only.py")]
+    checked = subprocess.run(checks, capture_output=True, text=True, cwd="/")
+    assert checked.returncode == 0, checked.stderr
+    count = len(vectors) - 1
+    assert checked.stdout == f"{count} of {count} values are the recorded ones\n"
+    shutil.copytree(directory, tmp_path / "wrong")
+    vectors["block_0/mlp/fc1"][0, 0, 0] += 1
+    np.savez(tmp_path / "wrong" / "integer_only_vectors.npz", **vectors)
+    checked = subprocess.run([*checks, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
+    assert checked.returncode == 1
+    assert checked.stdout == f"{count - 1} of {count} values are the recorded ones, not block_0/mlp/fc1\n"
+
+
+def test_a_model_that_adds_nowhere_has_no_other_export(workdir, tmp_path):
+    with pytest.raises(ValueError, match="no adder layer and no L1 similarity, so .* or integer_only, which"):
+        export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1)
+    with pytest.raises(ValueError, match="bits=4 is that of adder layers and L1 similarities, and the model"):
+        export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1, bits=4, integer_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files(workdir, tmp_path):
+    _, whole, pixels = made()
+    write_integer_only(tmp_path, whole, pixels[:1])
+    shutil.copy(workdir / "dataset.json", tmp_path)
+    load_integer_only(tmp_path)
+    (tmp_path / "integer_only.json").write_text(json.dumps(whole.described | {"format": 2}))
+    with pytest.raises(WorkdirError, match="its format is 2, and this version reads 1"):
+        load_integer_only(tmp_path)
+    (tmp_path / "integer_only.json").unlink()
+    with pytest.raises(WorkdirError, match="Export the run again, with --integer_only"):
+        load_integer_only(tmp_path)
