@@ -1,6 +1,8 @@
 """What a run takes over from models that are trained already: first weights, and a teacher."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from adderflax.models import VisionTransformer, VisionTransformerConfig, load_vi
 from adderflax.models.families import ModelConfig
 from adderflax.models.transfer import transfer
 from adderflax.models.vit import PRESETS
+from adderflax.models.weight_files import read_weight_file
 from adderflax.training.config import WarmStartConfig
 from adderflax.training.distillation import DistillationConfig, Teacher
 from adderflax.training.restore import load_model
-from adderflax.training.workdir import WorkdirError, has_checkpoints
+from adderflax.training.workdir import WorkdirError, has_checkpoints, read_info
 
 # What a published ViT computes, whatever the model that it starts computes.
 _PUBLISHED = PRESETS["vit"] | {
@@ -27,12 +30,11 @@ _PUBLISHED = PRESETS["vit"] | {
 }
 
 
-def load_teacher(config: DistillationConfig, info: DatasetInfo, student: nn.Module) -> Teacher | None:
-    """The teacher of a run on a data set, or None where the configuration names none.
+def load_teacher(config: DistillationConfig) -> Teacher | None:
+    """The teacher of a run, or None where the configuration names none.
 
     Raises:
-      ValueError: there is no trained run, it saw other images or classes, or what is to be compared differs
-        between it and the student; the message names it.
+      ValueError: there is no trained run, or it is not finished; the message names it.
     """
     if config.teacher is None:
         return None
@@ -44,22 +46,49 @@ def load_teacher(config: DistillationConfig, info: DatasetInfo, student: nn.Modu
             " summary.json. Let its training end first; the same command goes on."
         )
     try:
-        model, variables, seen = load_model(config.teacher)
+        model, variables, _ = load_model(config.teacher)
     except WorkdirError as error:
         raise ValueError(
             f"distillation.teacher={config.teacher!r} cannot be loaded: train the teacher first, or name"
             f" another run. {error}"
         ) from error
+    return Teacher(model, variables, config)
+
+
+def require_pupil(teacher: Teacher | None, info: DatasetInfo, student: nn.Module) -> None:
+    """Raises ValueError where a model of a data set cannot learn from a teacher, if there is one.
+
+    That is where the teacher saw other images or classes, or what is to be compared differs between the two;
+    the message names it.
+    """
+    if teacher is None:
+        return
+    seen = read_info(teacher.config.teacher)
     for name in ("image_size", "channels", "class_names", "mean", "std"):
         if not np.array_equal(getattr(seen, name), getattr(info, name)):
             raise ValueError(
-                f"distillation.teacher={config.teacher!r} was trained on {seen.name!r}, whose {name} differs"
-                f" from that of {info.name!r}: teacher and student see the same images and name the same"
-                " classes. Choose a teacher trained on this data set at this data.image_size."
+                f"distillation.teacher={teacher.config.teacher!r} was trained on {seen.name!r}, whose {name}"
+                f" differs from that of {info.name!r}: teacher and student see the same images and name the"
+                " same classes. Choose a teacher trained on this data set at this data.image_size."
             )
-    teacher = Teacher(model, variables, config)
     teacher.require_fits(student)
-    return teacher
+
+
+def require_source(config: WarmStartConfig) -> None:
+    """Raises ValueError where the source of a warm start, if there is one, cannot be read.
+
+    Whether it fits the run's model is known once the data set is; `inherited_params` tells.
+    """
+    if config.source is None:
+        return
+    source = Path(config.source)
+    with _naming(config):
+        if not source.exists():
+            raise ValueError(
+                "it does not exist. Give a trained run's workdir, or a .pth, .pt, .safetensors or .npz file."
+            )
+        # Seconds, against hours of a download that would be for nothing.
+        (load_model if source.is_dir() else read_weight_file)(source)
 
 
 def inherited_params(
@@ -84,11 +113,7 @@ def inherited_params(
             " converted. For AdderNet's residual network see `adderflax.models.load_addernet_weights`."
         )
     source = Path(config.source)
-    try:
-        if not source.exists():
-            raise ValueError(
-                "it does not exist. Give a trained run's workdir, or a .pth, .pt, .safetensors or .npz file."
-            )
+    with _naming(config):
         if source.is_dir():
             module, variables, _ = load_model(source)
             if not isinstance(module, VisionTransformer):
@@ -102,5 +127,11 @@ def inherited_params(
         batch = next(evaluation_batches(dataset, "train", data, batch_size=count))
         images = normalize_batch(batch["image"], dataset.info)
         return jax.device_get(warm_start(jax.device_get(params), model_from, model, images))
+
+
+@contextlib.contextmanager
+def _naming(config: WarmStartConfig) -> Iterator[None]:
+    try:
+        yield
     except (ModuleNotFoundError, OSError, ValueError, WorkdirError) as error:
         raise ValueError(f"warm_start.source={config.source!r} cannot be used: {error}") from error

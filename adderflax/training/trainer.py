@@ -53,6 +53,8 @@ class Trainer:
         require_implementation(self.config)
         with as_config_error():
             self.mesh = sharding.make_mesh(config=self.config.mesh)
+            # What is not there is refused before data is read, which may mean downloading it.
+            self._teacher = inheritance.load_teacher(self.config.distillation)
             self.dataset = distributed.first_process_first(
                 lambda: data_lib.load_dataset(self.config.data), "load_dataset"
             )
@@ -61,7 +63,7 @@ class Trainer:
             hidden = heads and model.resolved().mlp_dim
             sharding.require_tensor_fits(self.mesh, heads, hidden)
             self.model = build_model(model)
-            self._teacher = inheritance.load_teacher(self.config.distillation, self.dataset.info, self.model)
+            inheritance.require_pupil(self._teacher, self.dataset.info, self.model)
             self._share = dict(zip(("process_index", "process_count"), sharding.process_share(self.mesh)))
         info = self.dataset.info
         self.total_steps = self.config.num_steps(info)
@@ -209,13 +211,21 @@ def train(
             return Path(workdir).absolute()
 
         workdir = distributed.first_process_first(hold, "open_workdir")
+        begun = workdir_lib.has_checkpoints(workdir)
+        if begun and (summary := _finished(run, workdir)):
+            print(f"Finished at step {summary['steps']}, nothing left to do", flush=True)
+            print(_line(summary["steps"], summary), flush=True)
+            return summary
+        if not begun:
+            with as_config_error():
+                inheritance.require_source(run.warm_start)
         trainer = Trainer(config)
         total = trainer.total_steps
         # Kernels that XLA cannot partition by itself need to know the mesh.
         held.enter_context(jax.set_mesh(trainer.mesh))
         batches = held.enter_context(contextlib.closing(trainer.train_batches()))
         # The last thing that can refuse a new run: nothing is written before.
-        state = None if workdir_lib.has_checkpoints(workdir) else trainer.new_state()
+        state = None if begun else trainer.new_state()
         checkpointer = held.enter_context(Checkpointer(workdir, keep_latest=run.keep_checkpoints))
         first = checkpointer.latest_step or 0
         if first > total:
@@ -226,10 +236,6 @@ def train(
         if first_process:
             workdir_lib.write_info(workdir, trainer.dataset.info)
             workdir_lib.write_config(workdir, plain)
-        if first >= total and (summary := workdir_lib.read_summary(workdir, steps=total)):
-            print(f"Finished at step {total}, nothing left to do", flush=True)
-            print(_line(total, summary), flush=True)
-            return summary
         if first:
             state = checkpointer.restore(trainer.abstract_state(), batches)
             print(f"Resumed from step {first}", flush=True)
@@ -268,6 +274,18 @@ def train(
             workdir_lib.write_summary(workdir, summary)
     print(_line(total, summary), flush=True)
     return summary
+
+
+def _finished(run: RunConfig, workdir: Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended whole, which needs neither its data nor its teacher any more."""
+    if not (workdir / "summary.json").exists():
+        return None
+    total = run.num_steps(workdir_lib.read_info(workdir))
+    if (summary := workdir_lib.read_summary(workdir, steps=total)) is None:
+        return None
+    # What is damaged is computed again.
+    with Checkpointer(workdir, keep_latest=run.keep_checkpoints) as checkpointer:
+        return summary if checkpointer.latest_step == total else None
 
 
 def _update(

@@ -10,10 +10,10 @@ import pytest
 from adderflax.data import evaluation_batches, normalize_batch
 from adderflax.models import load_vit_weights, warm_start
 from adderflax.models.vit_weights import _timm_leaves
-from adderflax.training import sharding
+from adderflax.training import sharding, trainer
 from adderflax.training.config import ConfigError, WarmStartConfig, default_config
 from adderflax.training.distillation import DistillationConfig, Outputs, distillation_loss
-from adderflax.training.inheritance import inherited_params, load_teacher
+from adderflax.training.inheritance import inherited_params, load_teacher, require_pupil
 from adderflax.training.restore import load_model
 from adderflax.training.trainer import Trainer, train
 
@@ -143,17 +143,18 @@ def test_what_cannot_be_inherited_is_named(twin, tmp_path):
     with pytest.raises(
         ValueError, match="distillation.teacher='.*' cannot be loaded: train the teacher first.*config.json"
     ):
-        load_teacher(DistillationConfig(teacher=str(tmp_path), soft_labels=1.0), info, run.model)
+        load_teacher(DistillationConfig(teacher=str(tmp_path), soft_labels=1.0))
     summary = twin / "summary.json"
     with pytest.raises(ValueError, match="is not finished: it has checkpoints but no summary.json"):
         summary.rename(twin / "moved.json")
         try:
-            load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0), info, run.model)
+            load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0))
         finally:
             (twin / "moved.json").rename(summary)
     other = dataclasses.replace(info, mean=(0.25,))
+    teacher = load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0))
     with pytest.raises(ValueError, match="trained on 'digits', whose mean differs"):
-        load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0), other, run.model)
+        require_pupil(teacher, other, run.model)
     deeper = {"model.depth": 2, "distillation.teacher": str(twin), "distillation.features": 1.0}
     with pytest.raises(ConfigError, match="the student has 2 blocks and the teacher 1"):
         Trainer(small_config(**deeper))
@@ -166,4 +167,37 @@ def test_what_cannot_be_inherited_is_named(twin, tmp_path):
     with pytest.raises(ValueError, match="warm_start.images=0 must be at least 1"):
         WarmStartConfig(images=0)
     assert inherited_params(WarmStartConfig(), wide, run.dataset, run.config.data) is None
-    assert load_teacher(DistillationConfig(), info, run.model) is None
+    assert load_teacher(DistillationConfig()) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"distillation.teacher": "no/such/run", "distillation.soft_labels": 1.0},
+        {"warm_start.source": "no/such/run"},
+        {"warm_start.source": "docs"},
+        {"warm_start.source": "README.md"},
+    ],
+)
+def test_what_is_not_there_is_told_before_data_is_read(tmp_path, monkeypatch, root, fields):
+    """Reading data may mean downloading it."""
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(trainer.data_lib, "load_dataset", lambda config: pytest.fail("data was read"))
+    (told,) = (field for field, value in fields.items() if isinstance(value, str))
+    with pytest.raises(ConfigError, match=f"{told}='.*' cannot be"):
+        train(small_config(**fields), tmp_path / "run", progress=False)
+
+
+def test_a_run_that_has_ended_needs_its_teacher_and_its_data_no_more(twin, tmp_path, monkeypatch, capsys):
+    (tmp_path / "teacher").symlink_to(twin)
+    teacher = {"distillation.teacher": str(tmp_path / "teacher"), "distillation.soft_labels": 1.0}
+    summary = train(small_config(**teacher, total_steps=1), tmp_path / "run", progress=False)
+    (tmp_path / "teacher").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.data_lib, "load_dataset", lambda config: pytest.fail("data was read"))
+        again = train(small_config(**teacher, total_steps=1), tmp_path / "run", progress=False)
+    assert again["test_loss"] == summary["test_loss"]
+    assert "Finished at step 1, nothing left to do" in capsys.readouterr().out
+    # What is left to do is still done with it.
+    with pytest.raises(ConfigError, match="distillation.teacher=.* cannot be loaded"):
+        train(small_config(**teacher, total_steps=2), tmp_path / "run", extend=True, progress=False)
