@@ -1,4 +1,4 @@
-"""What predict and export say of a directory that they cannot use."""
+"""What predict, export and diversity say of a directory that they cannot use."""
 
 import re
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import jax
 import pytest
 
-from adderflax import export, predict
+from adderflax import diversity, export, predict
 
 
 def write(name):
@@ -47,3 +47,16 @@ def test_advice_is_for_the_command_in_which_it_is_given(root, tmp_path, command,
     assert re.match(f"error: .*{told}", ended.value.code)
     # The directory is an argument here, and no flag.
     assert not re.search("(?<!train.py )--workdir", ended.value.code)
+
+
+@pytest.mark.parametrize(
+    ("command", "others"),
+    [(predict, ["docs/run_page.png"]), (export, ["no/such/directory"]), (diversity, [])],
+    ids=["predict", "export", "diversity"],
+)
+def test_a_file_of_weights_has_no_best_checkpoint(root, monkeypatch, command, others):
+    monkeypatch.chdir(root)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["weights/cifar10_twin", *others, "--best"])
+    told = "error: weights/cifar10_twin holds one model, weights.npz, and no checkpoints .*leave --best out"
+    assert re.match(told, ended.value.code)

@@ -75,8 +75,8 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
       averages where the run keeps any; and the description of the data set.
 
     Raises:
-      WorkdirError: the directory holds no run, no checkpoint yet, what does not fit its config.json, or an
-        export.
+      WorkdirError: the directory holds no run, no checkpoint yet, what does not fit its config.json, an
+        export, or a file of weights where `best` asks for a checkpoint.
     """
     if workdir_lib.holds_integers(workdir):
         raise workdir_lib.WorkdirError(
@@ -89,6 +89,11 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
     model = build_model(run.model_config(info))
     weights = Path(workdir) / WEIGHTS
     if weights.exists() and not workdir_lib.has_checkpoints(workdir):
+        if best:
+            raise workdir_lib.WorkdirError(
+                f"{workdir} holds one model, {WEIGHTS}, and no checkpoints to choose the best of: leave"
+                " --best out."
+            )
         return model, _read_weights(weights, model), info
     # The optimizer's state is part of a checkpoint; its shape does not depend on the number of steps.
     optimizer, _ = make_optimizer(run.optimizer, total_steps=1)
