@@ -171,7 +171,8 @@ def _no_configuration(loaded: object) -> str:
 def _below_a_value(flag: flags.Flag, command: Sequence[str]) -> str:
     """Which field that `command` sets lies below what has no fields; empty where none does."""
     try:
-        config = next(map(flag.parser.parse, _given(flag.name, command)), None)
+        given = list(_given(flag.name, command))
+        config = flag.parser.parse(given[0]) if given else ConfigDict()
         # What has no value yet, or is none, is told by the error itself.
         if not isinstance(config, ConfigDict):
             return _no_configuration(config)

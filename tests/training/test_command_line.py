@@ -144,6 +144,7 @@ def test_fields_are_unset(root):
         (["--noconfig.x"], "--config is missing: --noconfig.x sets a field of a configuration file."),
         (["--config="], "--config needs a file, as in --config configs/digits_adder_vit.py."),
         (["--config", "--workdir=x"], "--config needs a file, as in --config configs/digits_adder_vit.py."),
+        (["--best"], "Unknown command line flag 'best'. --help shows the flags."),
     ],
 )
 def test_commands_without_one_file(command, told):
