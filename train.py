@@ -5,6 +5,7 @@ python train.py --config configs/cifar10_adder_vit.py:multiply --config.seed=1 -
 python train.py --workdir runs/twin-1 --eval_only
 
 SIGTERM and SIGINT (Ctrl-C) finish the update at hand, save it and exit; the same command goes on from there.
+A training whose output nobody reads any more, as behind `| head`, goes on.
 Exit codes: 0 finished; 1 an error, told in one paragraph; 75 (EX_TEMPFAIL) stopped by a signal, saved; 128
 plus the signal's number: a second signal came before that, and the last checkpoint is where the run goes on.
 """
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from adderflax import pipes
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; a colon gives it an argument: configs/X.py:multiply."
@@ -94,13 +97,14 @@ def main(argv: list[str]) -> None:
             figures = trainer.evaluate(workdir, config, data_dir=_DATA_DIR.value, progress=_PROGRESS.value)
             print(json.dumps(figures))
         else:
-            trainer.train(
-                config,
-                workdir,
-                extend=_EXTEND.value,
-                progress=_PROGRESS.value,
-                profile_steps=profile_steps,
-            )
+            with pipes.reader_may_leave_unheeded():
+                trainer.train(
+                    config,
+                    workdir,
+                    extend=_EXTEND.value,
+                    progress=_PROGRESS.value,
+                    profile_steps=profile_steps,
+                )
     except (
         ConfigError,
         DatasetNotReadyError,
@@ -122,4 +126,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    with pipes.reader_may_leave():
+        app.run(main, flags_parser=_parse_flags)

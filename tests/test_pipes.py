@@ -1,4 +1,4 @@
-"""Output whose reader leaves: commands end quietly, and nothing else that fails is hidden."""
+"""Output whose reader leaves: commands end quietly, training goes on, and all else that fails is told."""
 
 import importlib
 import io
@@ -34,17 +34,39 @@ def run(*arguments, code=None, unbuffered=False):
     return done.returncode, done.stderr
 
 
-def guarded(body):
+def guarded(body, guard="reader_may_leave"):
     # Without the package, whose import of jax takes seconds.
     load = "from importlib.util import *; spec = spec_from_file_location('pipes', 'adderflax/pipes.py')\n"
     load += "import os, sys; pipes = module_from_spec(spec); spec.loader.exec_module(pipes)\n"
-    return f"{load}with pipes.reader_may_leave():\n    {body}\n"
+    return f"{load}with pipes.{guard}():\n    {body}\n"
 
 
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("body", ["print('a')", "print('a' * 100_000)", "print('a'); print('b', flush=True)"])
 def test_the_end_is_quiet(body, unbuffered):
     assert run(code=guarded(body), unbuffered=unbuffered) == (pipes.STATUS, "")
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize(
+    ("body", "ended"),
+    [
+        ("print('a')", (0, "")),
+        ("print('a' * 100_000, flush=True); print('b'); sys.exit(75)", (75, "")),
+        ("print('a', flush=True); print('b', file=sys.stderr, flush=True)", (0, "b\n")),
+        ("os.dup2(1, 2); print('a', file=sys.stderr, flush=True); print('b')", (0, "")),
+        ("os.write(1, b'a')", (1, "BrokenPipeError: [Errno 32] Broken pipe\n")),
+    ],
+)
+def test_what_must_be_finished_goes_on(body, ended, unbuffered):
+    status, told = run(code=guarded(body, "reader_may_leave_unheeded"), unbuffered=unbuffered)
+    assert (status, told[-len(ended[1]) :]) == ended
+
+
+def test_what_must_be_finished_needs_no_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pipes.reader_may_leave_unheeded():
+        print("a", flush=True)
 
 
 @pytest.mark.parametrize("stdout", [io.StringIO(), None])

@@ -28,6 +28,14 @@ def run(*arguments):
     return subprocess.run(**command(*arguments), capture_output=True, timeout=240)
 
 
+def without_reader(*arguments, **keywords):
+    """The process of a command whose output, errors included, nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as nobody:
+        return subprocess.Popen(**command(*arguments), **{"stdout": nobody, "stderr": nobody} | keywords)
+
+
 def error(*arguments):
     """The one paragraph that a mistake ends in."""
     done = run("train.py", *arguments)
@@ -69,6 +77,9 @@ def test_train_kill_resume_evaluate_predict(tmp_path):
 
     evaluated = run("train.py", f"--workdir={workdir}", "--eval_only")
     assert json.loads(evaluated.stdout)["test_accuracy"] == summary["test_accuracy"], evaluated.stderr
+
+    unread = without_reader("train.py", f"--workdir={workdir}", "--eval_only", stderr=subprocess.PIPE)
+    assert (unread.communicate()[1].count("Traceback"), unread.returncode) == (0, 128 + signal.SIGPIPE)
 
     noise = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
@@ -119,6 +130,24 @@ def test_an_unknown_argument_of_a_configuration():
     assert (
         "'nosuch' is not known; choose one of 'adder', 'multiply', 'vit', 'custom', 'taught', 'warm'." in told
     )
+
+
+def test_help_that_nobody_reads_ends_quietly():
+    unread = without_reader("train.py", "--help", stderr=subprocess.PIPE)
+    assert (unread.communicate()[1], unread.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+def test_a_training_that_nobody_reads_goes_on_until_it_is_told_to_stop(tmp_path):
+    """Ctrl-C, which ends ``tee`` in ``train.py | tee log`` too, must not cost what has not been saved."""
+    steps = ["--config.total_steps=100000", "--config.eval_every=20", "--config.checkpoint_every=100000"]
+    unread = without_reader(*digits(f"--workdir={tmp_path}", "--config.log_every=1", *steps))
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and "validation_loss" in metrics.read_text()):
+        assert unread.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    unread.send_signal(signal.SIGTERM)
+    assert unread.wait() == 75
+    assert any((tmp_path / "checkpoints").iterdir())
 
 
 TFDS = ROOT.parent / "shared" / "tfds"

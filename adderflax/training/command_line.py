@@ -34,6 +34,8 @@ def parse(values: flags.FlagValues, holder: flags.FlagHolder, command: Sequence[
         rest = values(others)
         # A file that cannot be loaded is only reported when something of it is read.
         getattr(holder.value, "model", None)
+    except BrokenPipeError:
+        raise  # of the output of --help, which is no mistake
     except Exception as error:
         message = (
             _inside_the_file(error, f"{holder.name}_config")

@@ -1,5 +1,6 @@
 """Stopping when told to: SIGTERM and SIGINT end a run after the update at hand, saved."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -133,5 +134,6 @@ def _leave_to_watcher(number, frame) -> None:
 
 
 def _say(text: str) -> None:
-    # Not print: the main thread may hold the stream's lock and wait for long.
-    os.write(2, text.encode())
+    # Not print: the main thread may hold the stream's lock and wait for long. Whoever listened may be gone.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(2, text.encode())

@@ -304,6 +304,19 @@ def test_which_signal_is_a_second_one(monkeypatch, signals, exits):
     assert found == exits and stop._received == signal.SIGTERM
 
 
+def test_a_signal_counts_though_nobody_reads_that_it_came(monkeypatch):
+    def write(*_):
+        raise BrokenPipeError
+
+    reading, writing = os.pipe()
+    os.write(writing, bytes([signal.SIGTERM, 0]))
+    os.close(writing)
+    monkeypatch.setattr(preemption.os, "write", write)
+    stop = preemption.StopSignals()
+    stop._watch(reading)
+    assert stop._received == signal.SIGTERM
+
+
 def test_a_second_writer_is_refused_and_the_lock_dies_with_the_first(tmp_path, undisturbed):
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     ready = PROCESSES.Queue()
