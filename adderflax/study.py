@@ -48,15 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = load_study(arguments.study)
         results = Path(arguments.results or Path("results", f"{study.name}.jsonl"))
         if not arguments.report:
-            run_study(
-                study,
-                arguments.workdir,
-                results,
-                images=arguments.images,
-                data_dir=arguments.data_dir,
-                keep_checkpoints=arguments.keep_checkpoints,
-                progress=sys.stderr.isatty(),
-            )
+            with pipes.reader_may_leave_unheeded():
+                run_study(
+                    study,
+                    arguments.workdir,
+                    results,
+                    images=arguments.images,
+                    data_dir=arguments.data_dir,
+                    keep_checkpoints=arguments.keep_checkpoints,
+                    progress=sys.stderr.isatty(),
+                )
         print(f"Report in {write_page(study, results, arguments.study)}")
     except BrokenPipeError:
         raise  # of the output, which is no error

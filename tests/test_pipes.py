@@ -1,5 +1,6 @@
 """Output whose reader leaves: commands end quietly, training goes on, and all else that fails is told."""
 
+import contextlib
 import importlib
 import io
 import os
@@ -112,6 +113,15 @@ def refuse(*_):
     raise ValueError("no")
 
 
+@contextlib.contextmanager
+def nobody_reads(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        yield
+
+
 CIFAR = "weights/cifar10_twin"
 DIGITS = ["--config", "configs/digits_adder_vit.py"]
 # Of each command the arguments, and what stands for its work.
@@ -144,10 +154,22 @@ def test_every_command_that_prints_a_table(name, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     output = [f"--output={tmp_path / 'figures'}"] if name == "benchmarks.input" else []
     monkeypatch.setattr(sys, "argv", [name, *arguments, *output])
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w", buffering=1) as stdout, monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", stdout)
-        with pytest.raises(SystemExit) as ended:
-            module.main()
+    with nobody_reads(monkeypatch), pytest.raises(SystemExit) as ended:
+        module.main()
     assert ended.value.code == pipes.STATUS
+
+
+def test_a_study_goes_on(monkeypatch):
+    done = []
+
+    def run_study(*_, **__):
+        for run in range(3):
+            print(run, flush=True)
+            done.append(run)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("adderflax.study.run_study", run_study)
+    monkeypatch.setattr("adderflax.study.write_page", fake("page.md"))
+    with nobody_reads(monkeypatch):
+        importlib.import_module("adderflax.study").main(["studies/rank_digits.py"])
+    assert done == [0, 1, 2]
