@@ -109,10 +109,6 @@ def fake(value):
     return lambda *_, **__: value
 
 
-def refuse(*_):
-    raise ValueError("no")
-
-
 @contextlib.contextmanager
 def nobody_reads(monkeypatch):
     reading, writing = os.pipe()
@@ -136,7 +132,7 @@ COMMANDS = {
     "adderflax.report": ([CIFAR], {"write_run_page": fake("report.html")}),
     "adderflax.study": (["studies/rank_digits.py", "--report"], {"write_page": fake("page.md")}),
     "adderflax.pods": ([], {"pods.missing_compiler": fake("no compiler")}),
-    "adderflax.data.prepare": (["no_such_set"], {"_prepare": refuse}),
+    "adderflax.data.prepare": (["digits"], {}),
     "benchmarks.operators": (["--page"], {"write_page": fake([])}),
     "benchmarks.step": (DIGITS, {"split_step": fake({"step": 1.0})}),
     "benchmarks.templates": ([], {"agreement": fake(0.0)}),

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 # tensorflow-datasets tries a dead connection for minutes; hosts are tried this long before.
 _CONNECT_SECONDS = 10
-_FAILED = 3
+# Has a failure told by its reason alone, on standard output.
+_REASON_ONLY = "--reason_only"
 
 
 def command(name: str, data_dir: str | None) -> str:
@@ -82,7 +83,7 @@ def prepare_in_child(name: str, data_dir: str | None) -> None:
             "preparing it needs TensorFlow, which is not installed here (`pip install tensorflow-cpu`)",
         )
     print(f"Preparing the image set {name}; this is done once.", file=sys.stderr, flush=True)
-    words = [sys.executable, "-m", "adderflax.data.prepare", name]
+    words = [sys.executable, "-m", "adderflax.data.prepare", name, _REASON_ONLY]
     root = str(pathlib.Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     done = subprocess.run(
@@ -99,7 +100,7 @@ def prepare_in_child(name: str, data_dir: str | None) -> None:
 
 @pipes.reader_may_leave()
 def main(arguments: list[str] | None = None) -> int:
-    """Prepares the set that the command line names; stdout gets what is where, or the reason of a failure."""
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m adderflax.data.prepare",
         allow_abbrev=False,
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("name", help="such as cifar10 or imagenette/160px-v2")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument(_REASON_ONLY, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.name == "digits":
         print("digits comes with scikit-learn and is ready: nothing is to be prepared")
@@ -116,14 +118,22 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             builder = _prepare(options.name, options.data_dir)
     except KeyboardInterrupt:
-        print("it was interrupted")
+        reason = "it was interrupted"
     except Exception as error:  # Whatever went wrong inside is told in one sentence.
-        print(_one_line(options.name, error))
+        reason = _one_line(options.name, error)
     else:
         splits = (f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items())
         print(f"{options.name} is ready in {builder.data_path}: {', '.join(splits)} images")
         return 0
-    return _FAILED
+    if options.reason_only:
+        print(reason)
+        return 1
+    print(
+        f"error: The image set {options.name!r} is not ready: {reason.rstrip('.')}. Mend that and give the"
+        " same command again, or copy the directory from a machine where it succeeds.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _prepare(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
@@ -133,8 +143,6 @@ def _prepare(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds
 
-    if data_dir:
-        os.makedirs(data_dir, exist_ok=True)
     builder = tfds.builder(name, data_dir=data_dir)
     if not is_prepared(builder) and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         _require_network(builder.url_infos or {})

@@ -103,6 +103,16 @@ def test_a_set_that_must_be_downloaded_by_hand(tmp_path):
     assert "ILSVRC2012_img_train.tar" in refused(tmp_path, "imagenet2012")
 
 
+def test_a_failure_is_told_as_by_other_commands_and_leaves_nothing(tmp_path, offline, root):
+    pytest.importorskip("tensorflow_datasets")
+    words = [sys.executable, "-m", "adderflax.data.prepare", "mnist", f"--data_dir={tmp_path / 'sets'}"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    told = "error: The image set 'mnist' is not ready: it has to be downloaded, and storage.googleapis.com "
+    assert done.stderr.splitlines()[-1].startswith(told)
+    assert not list(tmp_path.iterdir())
+
+
 def test_digits_need_no_preparation(capsys):
     assert prepare.main(["digits"]) == 0
     assert "nothing is to be prepared" in capsys.readouterr().out
@@ -127,11 +137,12 @@ def test_prepares_and_reads_a_set(tmp_path, root):
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "preparing tiny_pictures failed with OSError: the download broke off",
-        "3 []",
+        "1 []",
         f"tiny_pictures is ready in {directory}/tiny_pictures/1.0.0: train 20, test 6 images",
         "0 ['1.0.0']",
     ]
+    reason = "preparing tiny_pictures failed with OSError: the download broke off"
+    assert f"error: The image set 'tiny_pictures' is not ready: {reason}. Mend that and give" in done.stderr
     assert "Dataset tiny_pictures downloaded and prepared" in done.stderr
     dataset = load_dataset(DataConfig(name="tiny_pictures", data_dir=str(directory)))
     assert dataset.info.class_names == ("dark", "light")
