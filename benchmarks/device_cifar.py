@@ -47,7 +47,7 @@ from benchmarks.device_estimate import (
     epochs_within,
     seconds_an_epoch,
 )
-from benchmarks.device_kit import MIB, REPOSITORY, KitError, pack, unpack
+from benchmarks.device_kit import MIB, REPOSITORY, KitError, pack, reader_may_leave, unpack
 
 KIT = REPOSITORY / ".device"
 # There, outside the checkout, which each call brings anew.
@@ -317,6 +317,7 @@ def epochs_of(text: str) -> tuple[str, float]:
 _CONFIGURED = ("plan", "estimate", "probe", "train")
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -352,6 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         values["runs"] = dict(values["runs"])
     try:
         result = function(**values)
+    except BrokenPipeError:
+        raise  # of the output, which is no error
     except (KitError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
     if function is pack:

@@ -42,6 +42,7 @@ from device_gpu_checks import (
     record,
     sanitize,
 )
+from device_kit import reader_may_leave
 
 TWO, THREE = 16_700e9, 11_130e9  # elements/s at two and three instructions each
 FOUR_A_TURN = 66_900e9  # of bytes, four an instruction that issues every other clock
@@ -361,6 +362,7 @@ def machine():
     return {"gpu": output("nvidia-smi", query, "--format=csv,noheader"), "jax, jaxlib": jax}
 
 
+@reader_may_leave()
 def main(arguments):
     if arguments[:1] == ["--section"]:
         try:

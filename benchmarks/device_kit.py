@@ -1,6 +1,8 @@
 """What a lent GPU machine lacks, wheels and CIFAR-10, in pieces that a call carries: see device_cifar.py."""
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -29,6 +31,14 @@ PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_
 
 class KitError(RuntimeError):
     """A piece is missing or damaged, or a run failed; the message says what to do."""
+
+
+def reader_may_leave() -> contextlib.AbstractContextManager:
+    """`adderflax.pipes.reader_may_leave`, from its file: the package around it imports flax."""
+    spec = importlib.util.spec_from_file_location("pipes", REPOSITORY / "adderflax" / "pipes.py")
+    pipes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pipes)
+    return pipes.reader_may_leave()
 
 
 def pack(data_dir: Path, kit: Path) -> int:

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from adderflax import pipes
+from benchmarks.device_estimate import Counts
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +106,10 @@ def test_a_real_command_and_head():
     assert not done.stderr
 
 
+def test_a_script_without_the_package():
+    assert run("benchmarks/device_gpu.py", "--help") == (pipes.STATUS, "")
+
+
 def fake(value):
     return lambda *_, **__: value
 
@@ -136,6 +141,7 @@ COMMANDS = {
     "benchmarks.operators": (["--page"], {"write_page": fake([])}),
     "benchmarks.step": (DIGITS, {"split_step": fake({"step": 1.0})}),
     "benchmarks.templates": ([], {"agreement": fake(0.0)}),
+    "benchmarks.device_cifar": (["estimate"], {"configured_counts": fake((Counts(1, 1, 1, 1, 1), 1))}),
     "benchmarks.input": ([], {"measure": fake({}), "as_markdown": fake("a")}),
 }
 
