@@ -19,8 +19,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from adderflax.analysis.grids import best_exponent, on_grid
 from adderflax.analysis.integer_only_reference import (
-    MEAN,
     ONE,
     ROOT,
     SOFTMAX,
@@ -29,7 +29,7 @@ from adderflax.analysis.integer_only_reference import (
     IntegerOnly,
 )
 from adderflax.analysis.integer_reference import distances
-from adderflax.analysis.integers import IntegerModel, best_exponent, on_grid
+from adderflax.analysis.integers import IntegerModel
 from adderflax.data import DatasetInfo, normalize_batch
 from adderflax.layers import AdderConv, AdderDense, MultiplyConv, MultiplyDense, signed_power
 from adderflax.models.vit import VisionTransformer
@@ -39,6 +39,7 @@ FORMAT = 1
 _MULTIPLYING = (MultiplyDense, MultiplyConv)
 _LINEAR = (AdderDense, AdderConv, *_MULTIPLYING)
 _GELU_IS_ZERO = 6.0  # below its negative
+_FINEST_STREAM = -16
 _MULTIPLIED = 8  # bits of what is multiplied
 _MULTIPLIER = 15  # bits of a constant that what is computed is multiplied by, without its sign
 
@@ -55,12 +56,18 @@ def integer_only_model(integers: IntegerModel, images_BxHxWxC: np.ndarray, info:
       The model, which multiplies and adds with whatever is fastest here; the integers are those of NumPy.
 
     Raises:
-      ValueError: the model is another one, or there is no image.
+      ValueError: the model is another one, its attention_scale is below 0, or there is no image.
     """
     if not isinstance(integers.model, VisionTransformer):
         raise ValueError(
             f"A {type(integers.model).__name__} has no form in whole numbers alone; a VisionTransformer"
             " has. Export it without integer_only."
+        )
+    scale = integers.model.config.resolved().attention_scale
+    if scale < 0:
+        raise ValueError(
+            f"attention_scale={scale} is below 0, and a softmax in whole numbers begins with the largest"
+            " score: export the model without integer_only."
         )
     if len(images_BxHxWxC) == 0:
         raise ValueError("There are no calibration images; take some hundred of the training set.")
@@ -170,7 +177,10 @@ class _Writer:
         config, seen = self._config, self._seen
         names = [f"block_{index}" for index in range(config.depth)]
         before = [f"{name}/{part}_norm" for name in names for part in ("attention", "mlp")] + ["norm"]
-        stream = _wide(max(seen.left["patch_embedding"], *(seen.entered[name] for name in before)))
+        # A finer unit would leave no room for epsilon in 64 bits.
+        stream = max(
+            _FINEST_STREAM, _wide(max(seen.left["patch_embedding"], *(seen.entered[name] for name in before)))
+        )
         for name in before:
             self._norm(name, stream)
         for name, layer in seen.layers.items():
@@ -244,7 +254,7 @@ class _Writer:
         scale, bias = (self._params[f"{name}/{part}"] for part in ("scale", "bias"))
         output, n = _wide(self._seen.left[name]), len(scale)
         gain, shift = _multiplier(scale * math.sqrt(n) * 2.0 ** -(ROOT + output))
-        epsilon = round(min(n * self._config.layer_norm_epsilon * 4.0 ** (MEAN - unit), 2.0**62))
+        epsilon = round(min(n**3 * self._config.layer_norm_epsilon * 4.0**-unit, 2.0**62))
         self._arrays[f"{name}/gain"], self._arrays[f"{name}/offset"] = gain, _whole(bias, output, WIDE)
         self._norms[name] = {"output": output, "shift": shift, "epsilon": epsilon}
         return output

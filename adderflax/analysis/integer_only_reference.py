@@ -24,12 +24,11 @@ else:  # in an export, beside its other reference
 
 WIDE = 16  # bits of what lies between operations
 TABLE = 11  # bits of what a table is entered with
-MEAN = 4  # further binary places of a mean
 LARGEST = 15  # bits, without the sign, of a normalized row's largest value
-ROOT = 20  # binary places of a value divided by the root of a row's sum of squares
+ROOT = 16  # binary places of a value divided by the root of a row's sum of squares
 SOFTMAX = 8  # binary places of an exponent of 2
 ONE = 15  # log2 of the exponential of 0
-SHARE = 40  # binary places of a reciprocal of a row's sum of exponentials
+SHARE = 15  # bits, without the first, of a reciprocal of a row's sum of exponentials
 ATTENDED = 8  # further binary places of what attention gives
 
 
@@ -137,19 +136,19 @@ class IntegerOnly:
         product = self._distances if model["similarity"] == "l1" else self._matmul
         scores = product(query, key.swapaxes(2, 3))
         self._record(f"{name}/scores", scores)
-        logits = scores * entry["multiplier"]
-        falls = logits.max(axis=-1, keepdims=True) - logits
+        falls = (scores.max(axis=-1, keepdims=True) - scores) * entry["multiplier"]
         exponentials = two_to_the(falls, entry["shift"], self._arrays["exponentials"])
         self._record(f"{name}/exponentials", exponentials)
-        share_BxHxTx1 = (1 << SHARE) // exponentials.sum(axis=-1, keepdims=True)
+        total = exponentials.sum(axis=-1, keepdims=True)
+        places = bit_length(total)
+        share = (1 << SHARE + places) // total  # the reciprocal, times 2^(SHARE + places)
         unit, identity = entry["value"], np.eye(T, dtype=np.int64) * model["identity"]
         if model["aggregation"] == "dot":
-            sums = self._matmul(exponentials, value_BxHxTxd)
-            attended = shifted(sums * share_BxHxTx1, SHARE - ATTENDED)
-            attended = attended + (value_BxHxTxd << ATTENDED) * model["identity"]
+            sums = shifted(self._matmul(exponentials, value_BxHxTxd), places - ATTENDED)
+            attended = shifted(sums * share, SHARE) + (value_BxHxTxd << ATTENDED) * model["identity"]
             unit -= ATTENDED
         else:
-            weights = shifted(exponentials * share_BxHxTx1, SHARE + unit) + shifted(identity, unit)
+            weights = shifted(exponentials * share, SHARE + places + unit) + shifted(identity, unit)
             attended = self._distances(weights, value_BxHxTxd)
         self._record(f"{name}/heads", attended)
         return self._layer(Fixed(attended.transpose(0, 2, 1, 3).reshape(B, T, D), unit), f"{name}/out")
@@ -233,11 +232,10 @@ def layer_norm(x: np.ndarray, gain: np.ndarray, offset: np.ndarray, shift: int, 
       gain: [n], the scale times sqrt(n) in units of the result, times 2^(shift - ROOT).
       offset: [n], the bias in units of the result.
       shift: binary places of the gain.
-      epsilon: n times that of the layer in units of (unit of x / 2^MEAN)^2.
+      epsilon: n^3 times that of the layer, in units of the square of x's.
     """
     n = x.shape[-1]
-    mean = ((x.sum(axis=-1, keepdims=True) << MEAN) + n // 2) // n
-    centered = (x << MEAN) - mean
+    centered = n * x - x.sum(axis=-1, keepdims=True)
     surplus = np.maximum(bit_length(np.abs(centered).max(axis=-1, keepdims=True)) - LARGEST, 0)
     centered = shifted(centered, surplus)
     squares = np.square(centered).sum(axis=-1, keepdims=True) + (np.int64(epsilon) >> 2 * surplus)

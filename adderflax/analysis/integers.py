@@ -8,7 +8,9 @@ one shared scale is that of Wang et al. 2021, "AdderNet and its Minimalist Hardw
 and computes with s A_o in place of -sum_i |x_i - w_io|; a centered layer adds s sum_i |q(w_io)|. Halves are
 rounded to even. The L1 similarity does so with its queries and keys. All of it, accumulators included, is
 whole numbers; the rest stays in float32: what happens between layers (LayerNorm, GELU, softmax), layers that
-multiply, and an aggregation that adds.
+multiply, and an aggregation that adds. Rounding moves the sums of a feature alike in every image, so scale
+and bias of the LayerNorm that ends an adder layer are set anew, as in a warm start: on the calibration images
+each feature keeps the mean and the deviation that it had. Few bits need that (results/integers.md).
 
 Because s is a power of two and every sum stays below 2^24 s, float32 computes all this exactly: the model
 with its values on their grids, run as any other, has the sums of the integers, and `IntegerModel.vectors`
@@ -18,7 +20,7 @@ gives them.
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from adderflax.analysis.grids import best_exponent, on_grid, rounded
 from adderflax.encoder import AdderCrossAttention, AdderSelfAttention
 from adderflax.layers import AdderConv, AdderDense, geometry
 from adderflax.operators import adder_conv, adder_matmul
@@ -34,8 +37,7 @@ from adderflax.operators._integer import EXACT
 
 BITS = tuple(range(2, 9))
 _TEMPLATES = "adder_kernel"
-# Grids that are tried: the finest that cuts nothing off, and this many finer ones.
-_FINER = 4
+_MOST_GAIN = 4.0
 _MOST_TERMS = EXACT // 255  # as `adderflax.adder_matmul` sums int8
 
 
@@ -158,7 +160,7 @@ class IntegerModel:
         return self._integers(name, flat[f"{name}/{_TEMPLATES}"])
 
     def _integers(self, name: str, values: jax.Array) -> jax.Array:
-        return _round(values, self.operations[name].exponent, self.bits).astype(jnp.int8)
+        return rounded(values, self.operations[name].exponent, self.bits).astype(jnp.int8)
 
     def _on_grids(self, next_function, arguments, keywords, context):
         if _adds(context):
@@ -182,7 +184,8 @@ def quantize(
 
     Each layer's unit is the power of two with which its outputs on the calibration images, normalized where
     the layer normalizes, differ least from those without a grid, in the mean square; for an L1 similarity
-    these are the logits of a row without their mean, which the softmax ignores.
+    these are the logits of a row without their mean, which the softmax ignores. The normalization that a
+    layer ends in is set anew for its sums of integers.
 
     Args:
       model: a `VisionTransformer`, an `AdderResNet`, or another Linen module made of `AdderDense`,
@@ -204,13 +207,15 @@ def quantize(
         raise ValueError("There are no calibration images; take some hundred of the training set.")
     model = in_float32(model)
     operations: dict[str, IntegerOperation] = {}
+    norms: dict[str, Mapping[str, jax.Array]] = {}
     queries: dict[str, jax.Array] = {}
 
     def calibrate(next_function, arguments, keywords, context):
         outputs, layer = next_function(*arguments, **keywords), context.module
         if _adds(context):
             _require_plain_call(layer, arguments, keywords, outputs, operations)
-            operations[_name(layer)] = _layer_operation(layer, arguments[0], outputs, bits)
+            name = _name(layer)
+            operations[name], norms[name] = _layer_operation(layer, arguments[0], outputs, bits)
         if (attention := _similarity_of(context)) is not None:
             name = _name(attention)
             _require_seen_once(name, outputs, operations)
@@ -238,6 +243,7 @@ def quantize(
         )
     for path, name in templates.items():
         flat[path] = on_grid(jnp.asarray(flat[path]), operations[name].exponent, bits)
+        flat |= {(*path[:-1], "norm", part): value for part, value in norms[name].items()}
     return IntegerModel(model, traverse_util.unflatten_dict(flat), bits, operations)
 
 
@@ -260,54 +266,50 @@ def in_float32(model: nn.Module) -> nn.Module:
     )
 
 
-def on_grid(values: jax.Array, exponent: int, bits: int) -> jax.Array:
-    """float32 values of the grid 2^exponent * {-2^(bits - 1), ..., 2^(bits - 1) - 1} nearest to these."""
-    return _round(values, exponent, bits) * 2.0**exponent
-
-
-def _round(values: jax.Array, exponent: int, bits: int) -> jax.Array:
-    largest = 2.0 ** (bits - 1)
-    return jnp.clip(jnp.round(values.astype(jnp.float32) * 2.0**-exponent), -largest, largest - 1)
-
-
-def best_exponent(bits: int, error: Callable[[int], float], *operands: jax.Array) -> tuple[int, float]:
-    """The exponent with the least error, and the share of the operands that its grid cuts off."""
-    if not all(bool(jnp.all(jnp.isfinite(array))) for array in operands):
-        raise ValueError(
-            "Templates or what meets them are not finite, so no grid holds them: the run has diverged. Export"
-            " an earlier checkpoint, with --best."
-        )
-    largest = max(float(jnp.max(jnp.abs(array))) for array in operands)
-    # Nothing but zeros is on every grid.
-    coarsest = math.ceil(math.log2(largest / (2 ** (bits - 1) - 1))) if largest > 0 else 0
-    exponent = min((coarsest - finer for finer in range(_FINER + 1)), key=error)
-    end = (2 ** (bits - 1) - 0.5) * 2.0**exponent
-    beyond = sum(float(jnp.sum((array >= end) | (array < -end - 2.0**exponent))) for array in operands)
-    return exponent, beyond / sum(array.size for array in operands)
-
-
 def _layer_operation(
     layer: AdderDense | AdderConv, inputs: jax.Array, outputs: jax.Array, bits: int
-) -> IntegerOperation:
+) -> tuple[IntegerOperation, Mapping[str, jax.Array]]:
+    """The layer's operation, and the parameters of its normalization, none where it has none."""
     params = dict(layer.variables["params"])
-    kernel = params[_TEMPLATES]
-    detached = layer.copy(parent=None)
+    kernel, norm = params[_TEMPLATES], params.get("norm", {})
+    # A power comes after the normalization.
+    detached = layer.copy(parent=None, power_activation=False)
+    wanted = detached.apply({"params": params}, inputs) if layer.power_activation else outputs
+
+    def moved(exponent: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        given = params | {_TEMPLATES: on_grid(kernel, exponent, bits)}
+        found = detached.apply({"params": given}, on_grid(inputs, exponent, bits))
+        return found, _matching(found, wanted) if norm else (1.0, 0.0)
 
     def error(exponent: int) -> float:
-        rounded = params | {_TEMPLATES: on_grid(kernel, exponent, bits)}
-        found = detached.apply({"params": rounded}, on_grid(inputs, exponent, bits))
-        return float(jnp.mean(jnp.square(found - outputs)))
+        found, (gain, offset) = moved(exponent)
+        return float(jnp.mean(jnp.square(gain * found + offset - wanted)))
 
     exponent, clipped = best_exponent(bits, error, inputs, kernel)
+    if norm:
+        gain, offset = map(jnp.ravel, moved(exponent)[1])
+        norm = {"scale": norm["scale"] * gain, "bias": norm["bias"] * gain + offset}
     terms, shared = math.prod(kernel.shape[:-1]), {"centered": layer.centered, "clipped": clipped}
     if isinstance(layer, AdderDense):
-        return IntegerOperation("dense", exponent, terms, **shared)
+        return IntegerOperation("dense", exponent, terms, **shared), norm
     window = geometry(layer)
     if isinstance(layer.padding, str):
         reach = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, window["dilation"])]
         pads = jax.lax.padtype_to_pads(inputs.shape[1:3], reach, window["strides"], layer.padding)
         window["padding"] = tuple(pads)
-    return IntegerOperation("convolution", exponent, terms, geometry=window, **shared)
+    return IntegerOperation("convolution", exponent, terms, geometry=window, **shared), norm
+
+
+def _matching(found: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gain and offset of each feature, the last axis, that give found the mean and deviation of wanted."""
+    axes = tuple(range(found.ndim - 1))
+    (mean, deviation), (wanted_mean, wanted_deviation) = (
+        (jnp.mean(values, axes, keepdims=True), jnp.std(values, axes, keepdims=True))
+        for values in (found, wanted)
+    )
+    # What hardly varies any more would be noise, made larger.
+    gain = jnp.where(deviation > 0, jnp.minimum(wanted_deviation / deviation, _MOST_GAIN), 1.0)
+    return gain, wanted_mean - gain * mean
 
 
 def _similarity_operation(

@@ -181,32 +181,32 @@ def test_roots_and_lengths_are_exact():
         (-9_000, 300, -5),
         (60_000, 5_000, -8),
         (3, 2, -2),
-        (0, 30_000, -20),
+        (0, 30_000, -18),
     ],  # the last like epsilon
 )
 def test_normalization(n, mean, deviation, unit):
     random = np.random.default_rng(n)
     x = np.rint(random.normal(mean, deviation, (5, n))).astype(np.int64)
     scale, bias = random.normal(1, 0.5, n), random.normal(0, 0.5, n)
-    output, shift, epsilon = -11, 24, 1e-3
+    output, shift = -11, 24
+    epsilon = round(n**3 * 1e-3 * 4.0**-unit)
     found = reference.layer_norm(
         x,
         np.int64(np.rint(scale * math.sqrt(n) * 2.0 ** (shift - reference.ROOT - output))),
         np.int64(np.rint(bias * 2.0**-output)),
         shift,
-        round(n * epsilon * 4.0 ** (reference.MEAN - unit)),
+        epsilon,
     )
     real = x * 2.0**unit
     centered = real - real.mean(axis=-1, keepdims=True)
-    expected = scale * centered / np.sqrt(np.square(centered).mean(axis=-1, keepdims=True) + epsilon) + bias
+    variance = np.square(centered).mean(axis=-1, keepdims=True) + epsilon / n**3 * 4.0**unit
+    expected = scale * centered / np.sqrt(np.maximum(variance, 1e-30)) + bias
     expected = np.clip(expected, -(2**15) * 2.0**output, (2**15 - 1) * 2.0**output)
-    # A unit for roundings, and 2^-13 of what is normalized, or of 1, for the root, its reciprocal and 15
-    # bits; where the deviation is of few units their sixteenth counts.
+    # A unit for roundings; 2^-13 of what is normalized, or of 1, for the root, its reciprocal and 15 bits;
+    # and the sixteen places of a value divided by the root.
     most = np.abs(expected - bias) + np.abs(scale)
-    coarse = 2.0 ** (unit - 4) * np.abs(scale) / (np.std(real, axis=-1, keepdims=True) + 1e-9)
-    assert np.all(
-        np.abs(found * 2.0**output - expected) <= 2.0**output + most * 2.0**-13 + np.minimum(coarse, 1)
-    )
+    bound = 2.0**output + most * 2.0**-13 + np.abs(scale) * math.sqrt(n) * 2.0**-17
+    assert np.all(np.abs(found * 2.0**output - expected) <= bound)
 
 
 def test_a_row_of_equals_normalizes_to_its_bias():
@@ -232,6 +232,8 @@ def test_other_models_are_refused():
         integer_only_model(
             dataclasses.replace(made()[0], model=model), np.zeros((1, 8, 8, 1), np.uint8), INFO
         )
+    with pytest.raises(ValueError, match="attention_scale=-0.5 is below 0, and a softmax in whole numbers"):
+        made(attention_scale=-0.5)
     with pytest.raises(ValueError, match="no calibration images"):
         integer_only_model(made()[0], np.zeros((0, 8, 8, 1), np.uint8), INFO)
 
