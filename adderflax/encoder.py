@@ -47,7 +47,7 @@ class EncoderConfig:
       linear: arithmetic of the query, key, value, fc1 and fc2 projections, "adder" or "multiply".
       output_projection: arithmetic of the attention's output projection.
       similarity: "l1" for ``-sum_c |q_c - k_c|`` or "dot" for ``q . k``.
-      aggregation: "dot" for the product ``A V`` or "l1" for its adder form.
+      aggregation: "dot" for the product ``A V`` or "l1" for its adder form (see `adder_attention`).
       identity: whether I is added to the attention map (the paper's eq. 20, as two readers report it).
       attention_scale: factor on the similarity; None means ``1/sqrt(2 d (1 - 2/pi))`` for "l1" and
         ``1/sqrt(d)`` for "dot", d the head width.

@@ -150,6 +150,7 @@ class IntegerOnly:
         else:
             weights = shifted(exponentials * share, SHARE + places + unit) + shifted(identity, unit)
             attended = self._distances(weights, value_BxHxTxd)
+            attended = attended + np.abs(value_BxHxTxd).sum(axis=2, keepdims=True)
         self._record(f"{name}/heads", attended)
         return self._layer(Fixed(attended.transpose(0, 2, 1, 3).reshape(B, T, D), unit), f"{name}/out")
 

@@ -181,8 +181,9 @@ class _Transformer:
         if model["aggregation"] == "dot":
             attended = np.einsum("bhts,bshd->bthd", weights, value)
         else:
-            differences = weights[:, :, :, :, None] - value.transpose(0, 2, 1, 3)[:, :, None]
-            attended = -np.abs(differences).sum(axis=3).transpose(0, 2, 1, 3)
+            value = value.transpose(0, 2, 1, 3)[:, :, None]
+            terms = np.abs(value) - np.abs(weights[:, :, :, :, None] - value)
+            attended = terms.sum(axis=3).transpose(0, 2, 1, 3)
         return self._layer(attended.reshape(B, T, D), f"{name}/out")
 
     def _mlp(self, x: np.ndarray, name: str) -> np.ndarray:

@@ -60,8 +60,10 @@ def adder_attention(
         is_causal: whether query t attends to the keys 0 to t alone, of those that the mask leaves.
         identity: whether I is added; needs T == S.
         similarity: "l1" or "dot".
-        aggregation: "dot" for weights @ value, "l1" for -sum_s |weights[t, s] - value[s, d]| over the keys
-            that the mask leaves, with the HardTanh gradient rule on both sides.
+        aggregation: "dot" for weights @ value, "l1" for sum_s |value[s, d]| - |weights[t, s] - value[s, d]|,
+            with the HardTanh gradient rule on both sides: an adder product of weights and value, less what
+            it is where all weights are 0. A key without weight adds nothing then; without the first part its
+            -|value| would be in every sum, and far larger than what the weights tell.
         scale: factor of the similarity; None means 1 / sqrt(2 D (1 - 2 / pi)) for "l1", which
             gives unit variance for standard normal operands, and 1 / sqrt(D) for "dot".
         grad_query: gradient rule of the query in the "l1" similarity (see `adder_matmul`).
@@ -215,18 +217,23 @@ def _attend_with_weights(query, key, value, mask, bias, scale, plan, similarity,
         weights = weights + jnp.eye(weights.shape[-1], dtype=jnp.float32)[None, None]
     if aggregation == "dot":
         return _attention_xla.weighted_sum(unnormalized, value) / sums, weights
-    aggregate = adder_matmul(
-        weights, value, grad_x="hardtanh", grad_y="hardtanh", implementation=plan.implementation
-    )
-    if mask is None:
-        return aggregate, weights
-    # A hidden key has the weight 0, and with it the term -|0 - value|: taken out again, with its gradient.
-    # Not where all keys are hidden, whose weights are uniform, nor where the identity shows a token itself.
-    hidden = ~jnp.broadcast_to(mask, weights.shape) & jnp.any(mask, axis=-1, keepdims=True)
-    if identity:
-        hidden = hidden & ~jnp.eye(weights.shape[-1], dtype=bool)[None, None]
-    terms = _magnitude(value.astype(jnp.float32))
-    return aggregate + jnp.matmul(hidden.astype(jnp.float32), terms, precision="highest"), weights
+    value = _bounded(value.astype(jnp.float32))
+    rules = {"grad_x": "hardtanh", "grad_y": "hardtanh"}
+    aggregate = adder_matmul(weights, value, **rules, implementation=plan.implementation)
+    return aggregate + jnp.sum(_magnitude(value), axis=-2, keepdims=True), weights
+
+
+@jax.custom_jvp
+def _bounded(value):
+    """The value that adds the same to an L1 aggregate, and has the same gradients, but is not large.
+
+    Weights lie in [0, 2]. Beyond them |value| - |weight - value| is weight or -weight, and beyond [-1, 3] the
+    HardTanh rules are at their ends, too. Large values would cost the others their last digits.
+    """
+    return jnp.clip(value, -1.0, 3.0)
+
+
+_bounded.defjvps(lambda tangent, result, value: tangent)
 
 
 def _magnitude(value):

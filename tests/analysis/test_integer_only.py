@@ -108,7 +108,8 @@ def test_attention_is_that_of_its_scores(models):
     if described["aggregation"] == "dot":
         expected, exponent = weights @ value_BxHxTxd, entry["value"] - reference.ATTENDED
     else:
-        expected = -np.abs(weights[..., None] - value_BxHxTxd[:, :, None]).sum(axis=3)
+        terms = np.abs(value_BxHxTxd[:, :, None]) - np.abs(weights[..., None] - value_BxHxTxd[:, :, None])
+        expected = terms.sum(axis=3)
         exponent = entry["value"]
     found = traced[f"{name}/heads"] * 2.0**exponent
     # Exponents of 2 have 8 binary places, weights of an L1 aggregation the unit of the values.

@@ -49,14 +49,8 @@ def expected_attention(
     if identity:
         weights = weights + np.eye(weights.shape[-1])
     if aggregation == "l1":
-        terms = np.abs(weights[..., :, :, None] - v[..., None, :, :])
-        if (
-            mask is not None
-        ):  # what is hidden is no part of the sum, but for a token itself under the identity
-            seen = np.broadcast_to(mask, weights.shape)
-            seen = seen | ~seen.any(-1, keepdims=True) | (identity & np.eye(*weights.shape[-2:], dtype=bool))
-            terms = np.where(seen[..., None], terms, 0)
-        out = -terms.sum(-2)
+        differences = np.abs(v[..., None, :, :]) - np.abs(weights[..., :, :, None] - v[..., None, :, :])
+        out = differences.sum(-2)
     else:
         out = weights @ v
     return np.moveaxis(out, -3, -2), weights
@@ -175,6 +169,36 @@ def test_nothing_comes_from_hidden_keys(similarity, aggregation):
         assert np.abs(gradient[:, :3]).max() > 0.1
 
 
+@pytest.mark.parametrize("large", [1e4, -1e8, np.inf])
+def test_large_values_cost_an_l1_aggregate_nothing(large):
+    """Neither where they are hidden nor where they are seen, which adds the weight or takes it off."""
+    queries, value = [normal(i, 6, 1, 4) for i in range(2)], normal(2, 6, 1, 3)
+    run = functools.partial(adder_attention, *queries, aggregation="l1", identity=False, return_weights=True)
+    out, weights = run(value, mask=jnp.arange(6) < 5)
+    other = value.copy()
+    other[5] = large
+    np.testing.assert_allclose(run(other, mask=jnp.arange(6) < 5)[0], out, atol=1e-6)
+    out, weights = run(other)
+    seen = np.abs(value[:5, 0]) - np.abs(weights[0, :, :5, None] - value[None, :5, 0])
+    expected = seen.sum(1) + np.sign(large) * weights[0, :, 5:]
+    np.testing.assert_allclose(out[:, 0], expected, atol=1e-5)
+    # And its gradients are those of the rules at the values themselves.
+    g = normal(3, 6, 1, 3)
+    found = jax.vjp(lambda v: run(v)[0], other)[1](g)[0]
+    rule = np.clip(weights[0, :, :, None] - other[None, :, 0], -1, 1) + np.clip(other[None, :, 0], -1, 1)
+    np.testing.assert_allclose(found[:, 0], (rule * g[:, :1]).sum(0), atol=1e-5)
+    queried = jax.grad(lambda q: jnp.sum(adder_attention(q, queries[1], other, aggregation="l1") * g))
+    by_rule = jax.grad(
+        lambda q: jnp.sum(
+            adder_attention(q, queries[1], other, aggregation="l1", return_weights=True)[1][0]
+            * (
+                jnp.clip(other[None, :, 0] - np.eye(6)[..., None] - weights[0, ..., None], -1, 1) * g[:, :1]
+            ).sum(-1)
+        )
+    )
+    np.testing.assert_allclose(queried(queries[0]), by_rule(queries[0]), atol=1e-5)
+
+
 def test_masked_values_get_the_hardtanh_gradient_of_what_is_seen():
     value, g = 2 * normal(0, 1, 5, 1, 3), normal(1, 1, 5, 1, 3)
     mask = np.tril(np.ones((5, 5), bool))
@@ -182,7 +206,8 @@ def test_masked_values_get_the_hardtanh_gradient_of_what_is_seen():
     run = functools.partial(adder_attention, queries, queries, mask=mask, aggregation="l1", identity=False)
     (found,) = jax.vjp(lambda v: run(v), value)[1](g)
     weights = mask / mask.sum(-1, keepdims=True)
-    rule = np.clip(weights[:, :, None] - value[0, :, 0][None], -1, 1)  # [t, s, d]
+    v = value[0, :, 0][None]
+    rule = np.clip(weights[:, :, None] - v, -1, 1) + np.clip(v, -1, 1)  # [t, s, d]
     expected = (mask[:, :, None] * rule * g[0, :, 0][:, None]).sum(0)
     np.testing.assert_allclose(found[0, :, 0], expected, atol=1e-5)
 
@@ -209,6 +234,7 @@ def test_l1_aggregation_uses_hardtanh_on_both_sides():
     dv = jax.vjp(attend, value_BxTxHxD)[1](jnp.asarray(np.moveaxis(g, -3, -2)))[0]
     uniform = np.broadcast_to(np.full((6, 6), 1 / 6) + np.eye(6), weights.shape)
     (_, _), (expected, _) = reference.gradients(uniform, value, g, "hardtanh", "hardtanh")
+    expected = expected + np.clip(value, -1, 1) * g.sum(-2, keepdims=True)
     np.testing.assert_allclose(dv, np.moveaxis(expected, -3, -2), atol=1e-5)
 
 
