@@ -118,6 +118,20 @@ def test_attention_is_that_of_its_scores(models):
     )
 
 
+@pytest.mark.parametrize("fields", [{}, ALL_ADD | {"pooling": "token"}], ids=["mean", "token"])
+def test_the_head_sees_the_pooled_tokens(fields):
+    _, whole, pixels = made(**fields)
+    traced, entry = whole.trace(pixels), whole.described["layers"]["head"]
+    tokens = np.int64(traced["norm"])
+    if not fields:  # halves of the mean rounded up
+        tokens = (tokens.sum(axis=1) * 2 + tokens.shape[1]) // (2 * tokens.shape[1])
+    pooled = reference.Fixed(tokens, whole.described["norms"]["norm"]["output"])
+    inputs = reference.rescaled(pooled, entry["input"], 8).integers
+    product = reference.distances if entry["adds"] else np.matmul
+    sums = product(inputs, np.int64(whole.arrays["head/kernel"])) + whole.arrays["head/constant"]
+    np.testing.assert_array_equal(traced["head/sums"], sums)
+
+
 def test_few_bits_are_those_of_the_adder_layers():
     integers, whole, pixels = made(bits=3, **STEM, mlp_convolution="multiply")
     layers = whole.described["layers"]
