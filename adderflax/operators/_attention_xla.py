@@ -45,7 +45,8 @@ def forward(query, key, value, mask, bias, scale, *, score):
     Args:
         query, key, value, mask, bias: as `FusedAttention.forward` takes them.
         scale: a Python number or a float32 scalar.
-        score: (query [B, H, T, D], transposed key [B, H, D, S]) -> float32 [B, H, T, S].
+        score: (query [B, H, T, D], transposed key [B, H, D, S]) -> float32 [B, H, T, S], here with its own
+            derivative.
 
     Returns:
         float32 (product [B, H, T, E], maximum [B, H, T, 1], sums [B, H, T, 1]).
@@ -66,6 +67,7 @@ def backward(query, key, value, mask, bias, scale, maximum, sums, delta, g, *, s
         maximum, sums: of `forward`.
         delta: sum of g * product over the last axis, [B, H, T, 1].
         g: float32 [B, H, T, E].
+        score: as for `forward`, here with the gradient rules for its derivative.
 
     Returns:
         (dquery, dkey, dvalue, dbias, dscale), of the operands' shapes; None for a bias that is

@@ -40,6 +40,10 @@ def distance_from_origin(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _distance(kernel: jax.Array, exponent: tuple[jax.Array, ...], rule: Rule) -> jax.Array:
+    return _sums(kernel, exponent)
+
+
+def _sums(kernel, exponent):
     magnitude = jnp.abs(kernel.astype(jnp.float32))
     if exponent:
         magnitude = magnitude_to(magnitude, *exponent)
@@ -47,7 +51,8 @@ def _distance(kernel: jax.Array, exponent: tuple[jax.Array, ...], rule: Rule) ->
 
 
 def _forward(kernel, exponent, rule):
-    return _distance(kernel, exponent, rule), (kernel, exponent)
+    # Not `_distance`: in a derivative of the gradient this value has its own derivative, not the rule's.
+    return _sums(kernel, exponent), (kernel, exponent)
 
 
 def _backward(rule, residuals, g):

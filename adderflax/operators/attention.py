@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec
 
 from adderflax.operators import _attention_xla
 from adderflax.operators._dispatch import (
+    check_accepts,
     check_implementation,
     dispatch_attention,
     forward_spec,
     logging_enabled,
     with_automatic_axes,
 )
-from adderflax.operators.matmul import adder_matmul, check_array, match_varying
+from adderflax.operators.matmul import adder_matmul, calls, check_array, match_varying
 from adderflax.operators.rules import GradientRule, Rule, canonical_rule
 
 
@@ -151,6 +152,11 @@ class _Plan(NamedTuple):
         rules = {"grad_x": self.rule_query, "grad_y": self.rule_key}
         return adder_matmul(query, key_transposed, **rules, implementation=self.implementation)
 
+    def distances(self, query, key_transposed):
+        """The scores, whose derivative is the distance's own where that of `score` is the rules'."""
+        check_accepts(self.implementation, query, key_transposed)
+        return calls(()).forward(query, key_transposed, implementation=self.implementation, log=self.log)
+
 
 # Its backward pass computes the weights again instead of keeping them: see _attention_xla.py for
 # the form made of XLA's operations, and FusedAttention in _dispatch.py for what a kernel provides.
@@ -186,7 +192,10 @@ def _run(method, *operands, plan):
 
     def run(*arrays):
         query, key, value, mask, bias, scale, *rest = jax.tree.unflatten(tree, arrays)
-        composed = functools.partial(getattr(_attention_xla, method), score=plan.score)
+        # What the forward pass keeps is a value in the gradients' formulas: differentiated again, it has
+        # its own derivative. The rules are what the backward pass computes.
+        score = plan.distances if method == "forward" else plan.score
+        composed = functools.partial(getattr(_attention_xla, method), score=score)
         if plan.scale is None:
             return composed(query, key, value, mask, bias, scale, *rest)
         operands = query, key, value, mask, bias, plan.scale, *rest

@@ -17,8 +17,13 @@ from adderflax.operators.rules import Rule
 
 
 def expected_gradients(query, key, value, g, mask, bias, scale, identity, rules):
-    """{name: (value, sum of the magnitudes of its terms)} in float64, of "l1" and "dot"."""
-    out, weights = expected_attention(query, key, value, mask=mask, bias=bias, scale=scale, identity=identity)
+    """{name: (value, sum of the magnitudes of its terms)} in float64, of the aggregation "dot".
+
+    g is the cotangent or a function of the output that returns it; rules are None for the similarity "dot".
+    """
+    options = dict(mask=mask, bias=bias, scale=scale, identity=identity)
+    out, weights = expected_attention(query, key, value, similarity="l1" if rules else "dot", **options)
+    g = g(out) if callable(g) else g
     q, k, v, g = (np.moveaxis(a.astype(np.float64), -2, -3) for a in (query, key, value, g))
     passed = np.eye(weights.shape[-1]) if identity else 0.0
     softmax = weights - passed
@@ -35,11 +40,12 @@ def expected_gradients(query, key, value, g, mask, bias, scale, identity, rules)
     }
     if bias is not None:
         found["bias"] = tuple(reference.unbroadcast(a, bias.shape) for a in (d_logits, terms))
-    difference = k[..., None, :, :] - q[..., :, None, :]
-    both = np.abs(k[..., None, :, :]) + np.abs(q[..., :, None, :])
-    for name, rule, sign, axis in (("query", rules[0], 1, -2), ("key", rules[1], -1, -3)):
-        factors = reference.rule(rule, sign * difference)
-        sizes = both if rule == "full" else np.ones_like(difference)
+    to_key, to_query = k[..., None, :, :], q[..., :, None, :]
+    difference, both = to_key - to_query, np.abs(to_key) + np.abs(to_query)
+    for name, sign, axis, other in (("query", 1, -2, to_key), ("key", -1, -3, to_query)):
+        rule = rules[axis == -3] if rules else None
+        factors = reference.rule(rule, sign * difference) if rules else other
+        sizes = np.abs(other) if rule is None else both if rule == "full" else np.ones_like(difference)
         found[name] = tuple(
             scale * (a[..., None] * f).sum(axis) for a, f in ((d_logits, factors), (terms, sizes))
         )
@@ -111,6 +117,67 @@ def test_scale_and_mask_may_be_traced():
     # Through the weights, which autodiff differentiates.
     expected = jax.grad(functools.partial(loss, return_weights=True))(jnp.float32(0.4))
     np.testing.assert_allclose(derivative, expected, rtol=1e-4)
+
+
+# Shape of query, key and value; rules, mask, whether there is a bias, options.
+SECOND = {
+    "blocks, kernels' branches": ((1, 130, 2, 16), "default", None, False, {}),
+    "xla": ((1, 9, 2, 5), "slopes", None, True, {"implementation": "xla"}),
+    "reference": ((2, 9, 2, 5), "default", CAUSAL[..., :9, :9], True, {"implementation": "reference"}),
+    "true derivative": ((1, 9, 2, 5), "true", None, True, {}),
+    "full, causal": ((2, 9, 2, 5), "full", None, True, {"is_causal": True}),
+    "mixed, masked": ((2, 9, 2, 5), "mixed", CAUSAL[..., :9, :9], False, {"identity": False}),
+    "traced scale": ((1, 9, 2, 5), "default", None, True, {"scale": jnp.float32(0.4)}),
+    "dot": ((1, 9, 2, 5), None, CAUSAL[..., :9, :9], True, {"similarity": "dot"}),
+    "weights kept": ((1, 9, 2, 5), "default", CAUSAL[..., :9, :9], True, {"return_weights": True}),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_derivatives_of_the_gradients_of_attention(name):
+    """They are the Jacobian of the documented gradients: of float64 formulas by finite differences."""
+    shape, rules, mask, biased, options = SECOND[name]
+    rules, options = RULES.get(rules), {"scale": 0.4} | options
+    if rules:
+        options |= {"grad_query": rules[0], "grad_key": rules[1]}
+    operands = [normal(seed, *shape) for seed in range(3)]
+    operands += [normal(3, shape[2], shape[1], shape[1])] if biased else []
+    names = ("query", "key", "value", "bias")[: len(operands)]
+    directions, cotangents = ([normal(seed + i, *a.shape) for i, a in enumerate(operands)] for seed in (4, 8))
+
+    def gradients(query, key, value, bias=None):
+        def loss(query, key, value, bias):
+            out = adder_attention(query, key, value, mask=mask, bias=bias, **options)
+            return jnp.sum(jnp.sin(out[0] if options.get("return_weights") else out))
+
+        argnums = tuple(range(len(operands)))
+        return jax.grad(loss, argnums)(query, key, value, bias)
+
+    @jax.jit
+    def derivatives(operands, directions, cotangents):
+        forward = jax.jvp(gradients, operands, directions)[1]
+        return forward, jax.vjp(gradients, *operands)[1](cotangents)
+
+    def formulas(step):
+        moved = [a.astype(np.float64) + step * d for a, d in zip(operands, directions)]
+        seen = CAUSAL[..., : shape[1], : shape[1]] if options.get("is_causal") else mask
+        found = expected_gradients(
+            *moved[:3], np.cos, seen, moved[3] if biased else None, float(options["scale"]),
+            options.get("identity", True), rules,
+        )  # fmt: skip
+        return [found[name][0] for name in names]
+
+    step = 1e-6  # so short that no difference passes a bend of its rule
+    expected = [(ahead - behind) / (2 * step) for ahead, behind in zip(formulas(step), formulas(-step))]
+    forward, backward = derivatives(*map(tuple, (operands, directions, cotangents)))
+    for what, found, exact in zip(names, forward, expected):
+        np.testing.assert_allclose(found, exact, atol=1e-4 * np.abs(exact).max(), rtol=0, err_msg=what)
+    found, exact = (
+        sum(np.sum(np.asarray(a, np.float64) * b) for a, b in zip(*pair))
+        for pair in ((backward, directions), (expected, cotangents))
+    )
+    size = math.sqrt(sum(np.sum(np.square(a)) for a in expected))  # of the terms, which have random signs
+    np.testing.assert_allclose(found, exact, atol=1e-4 * size, rtol=0)
 
 
 def test_products_are_not_rounded_by_default():

@@ -93,26 +93,6 @@ def test_every_branch_has_derivatives_of_gradients(name):
     assert twice(lambda q: jnp.sum(jnp.sin(attention(q, q, query))), query).shape == query.shape
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_derivatives_of_the_gradients_of_attention(masked):
-    query, key, value = (normal(seed, 1, 130, 2, 64) for seed in range(3))
-    mask = jnp.tril(jnp.ones((1, 1, 130, 130), bool)) if masked else None
-
-    def penalty(query, key, value, implementation):
-        def attended(query):
-            options = {"mask": mask, "implementation": implementation}
-            return jnp.sum(jnp.sin(adder_attention(query, key, value, **options)))
-
-        return jnp.sum(jnp.square(jax.grad(attended)(query)))
-
-    found, expected = (
-        jax.jit(jax.grad(penalty, (1, 2)), static_argnums=3)(query, key, value, name)
-        for name in (None, "reference")
-    )
-    assert all(np.abs(leaf).max() > 1e-3 for leaf in expected)
-    assert_close(found, expected)
-
-
 def test_remat_and_scan():
     x, weights = normal(0, 4, 5, 24), normal(1, 3, 24, 24)
 

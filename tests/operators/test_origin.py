@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_power import power_rule
 
 from adderflax import adder_matmul
 from adderflax.operators._origin import distance_from_origin
@@ -40,6 +41,24 @@ def test_with_the_operator_the_gradient_is_the_dense_layers():
     g = jax.random.normal(jax.random.key(2), (9, 4))
     centered = lambda w: jnp.sum(g * (adder_matmul(x, w) + distance_from_origin(w)[None]))  # noqa: E731
     np.testing.assert_allclose(jax.grad(centered)(w), x.T @ g, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("p", [1.0, 1.4])
+def test_derivatives_of_the_gradient(rule, p):
+    """They are the Jacobian of the gradient's formula: in float64, by finite differences."""
+    w, direction = templates((6, 4)), jax.random.normal(jax.random.key(1), (6, 4))
+    gradient = jax.grad(lambda w: jnp.sum(jnp.sin(distance_from_origin(w, p, rule))))
+
+    def formula(step):
+        moved = np.asarray(w, np.float64) + step * np.asarray(direction, np.float64)
+        return np.cos((np.abs(moved) ** p).sum(0)) * power_rule(rule, moved, p)
+
+    expected = (formula(1e-6) - formula(-1e-6)) / 2e-6
+    bound = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(jax.jvp(gradient, (w,), (direction,))[1], expected, atol=bound)
+    jacobian = jax.jacrev(gradient)(w)
+    np.testing.assert_allclose(jnp.tensordot(jacobian, direction, 2), expected, atol=bound)
 
 
 def test_traced_exponent_has_no_gradient():
