@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _attention_xla
@@ -245,10 +244,13 @@ def _bounded(value):
 _bounded.defjvps(lambda tangent, result, value: tangent)
 
 
+@jax.custom_vjp
 def _magnitude(value):
-    """|value|, whose derivative is that of the HardTanh rule of -|0 - value|, with the sign turned."""
-    smooth = jnp.where(jnp.abs(value) < 1.0, 0.5 * jnp.square(value), jnp.abs(value) - 0.5)
-    return smooth + lax.stop_gradient(jnp.abs(value) - smooth)
+    """|value|, whose gradient is that of the HardTanh rule of -|0 - value|, with the sign turned."""
+    return jnp.abs(value)
+
+
+_magnitude.defvjp(lambda value: (jnp.abs(value), value), lambda value, g: (jnp.clip(value, -1.0, 1.0) * g,))
 
 
 def default_attention_scale(similarity: str, depth: int) -> float:

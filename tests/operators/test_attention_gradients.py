@@ -180,6 +180,29 @@ def test_derivatives_of_the_gradients_of_attention(name):
     np.testing.assert_allclose(found, exact, atol=1e-4 * size, rtol=0)
 
 
+def test_derivatives_of_the_gradient_of_masked_values_that_are_added():
+    """Aggregation "l1", whose hidden terms are taken out again; queries of zeros make the weights uniform."""
+    zeros, value, direction = (
+        np.zeros((1, 5, 1, 4), np.float32),
+        2 * normal(0, 1, 5, 1, 3),
+        normal(1, 1, 5, 1, 3),
+    )
+    seen = np.tril(np.ones((5, 5)))[:, :, None]
+    options = dict(mask=seen[..., 0] > 0, aggregation="l1", identity=False)
+    gradient = jax.grad(lambda value: jnp.sum(jnp.sin(adder_attention(zeros, zeros, value, **options))))
+
+    def formula(step):
+        moved = (value.astype(np.float64) + step * direction)[:, None, :, 0]
+        difference = seen / seen.sum(1, keepdims=True) - moved  # [1, t, s, d]
+        g = np.cos(-(seen * np.abs(difference)).sum(2, keepdims=True))
+        return (seen * np.clip(difference, -1, 1) * g).sum(1)[:, :, None]
+
+    expected = (formula(1e-6) - formula(-1e-6)) / 2e-6
+    np.testing.assert_allclose(gradient(value), formula(0.0), atol=1e-5)
+    found = jax.jvp(gradient, (value,), (direction,))[1]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_products_are_not_rounded_by_default():
     """On a CPU float32 products are exact anyway; TPUs and GPUs must be told."""
     operands = [jax.ShapeDtypeStruct((1, 5, 2, 4), jnp.float32)] * 3
