@@ -85,6 +85,21 @@ def test_nothing_bad_happens_where_operands_meet():
                 np.testing.assert_allclose(value, 0.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("rules", list(zip(RULES, RULES[::-1])), ids=str)
+def test_an_infinite_operand_at_a_traced_one(rules):
+    """As the number 1 has it, which the kernels for the L1 distance compute."""
+    x, y, g = jnp.asarray([[np.inf, 1.0], [0.5, -np.inf]]), jnp.asarray([[0.0], [0.25]]), jnp.ones((2, 1))
+    found = program(*rules)(x, y, g, jnp.float32(1.0))
+    out, vjp = jax.vjp(functools.partial(adder_matmul, grad_x=rules[0], grad_y=rules[1]), x, y)
+    np.testing.assert_array_equal(found[0], out)
+    assert np.isneginf(out).all()
+    for value, wanted in zip(found[1:], vjp(g)):
+        # But for the sign of the infinite gradients that "full" has: blocks are filled with 0 times them.
+        finite = np.isfinite(wanted)
+        np.testing.assert_allclose(value[finite], wanted[finite], rtol=1e-6)
+        assert not np.isfinite(value[~finite]).any()
+
+
 def test_the_number_one_is_the_l1_operator():
     x, y = normal(0, 4, 8), normal(1, 8, 3)
     assert str(jax.make_jaxpr(lambda x, y: adder_matmul(x, y, p=1))(x, y)) == str(
