@@ -124,9 +124,10 @@ def make_optimizer(
 def adaptive_local_rate(eta: float, *, stacked_axes: int = 0) -> optax.GradientTransformation:
     """AdderNet's adaptive local learning rate: ``g <- eta sqrt(numel) g / max(||g||_2, 1e-12)``.
 
-    Applied to each adder template tensor, everything else passes unchanged. The official code does this
-    inside the backward pass, hence per device, before the gradients are averaged; here it sees the
-    averaged gradient, so the result does not depend on the number of devices or of accumulated parts.
+    Applied to each adder template tensor, in float32 whatever its dtype; everything else passes unchanged.
+    The official code does this inside the backward pass, hence per device, before the gradients are averaged;
+    here it sees the averaged gradient, so the result does not depend on the number of devices or of
+    accumulated parts.
 
     Args:
       eta: the rate, 0.2 in the official code.
@@ -142,9 +143,15 @@ def adaptive_local_rate(eta: float, *, stacked_axes: int = 0) -> optax.GradientT
         if not is_adder_parameter(path):
             return gradient
         axes = tuple(range(gradient.ndim))[-len(_template_shape(path, gradient, stacked_axes)) :]
-        norm = jnp.sqrt(jnp.sum(jnp.square(gradient), axes, keepdims=True))
         size = math.prod(gradient.shape[axis] for axis in axes)
-        return gradient * (eta * math.sqrt(size) / jnp.maximum(norm, 1e-12))
+        # In units of the largest element squares neither overflow nor vanish; 1e-12 is 0 in float16.
+        in_full = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+        smallest = jnp.finfo(jnp.float32).tiny
+        largest = jnp.max(jnp.abs(in_full), axes, keepdims=True, initial=smallest)
+        direction = in_full / largest
+        norm = jnp.sqrt(jnp.sum(jnp.square(direction), axes, keepdims=True))
+        updates = direction * (eta * math.sqrt(size) / jnp.maximum(norm, 1e-12 / largest))
+        return updates.astype(gradient.dtype)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rescale, updates))
 

@@ -59,6 +59,36 @@ def test_local_rate_ignores_the_loss_scale():
     np.testing.assert_allclose(a["query"]["adder_kernel"], b["query"]["adder_kernel"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        *((dtype, size) for dtype in ("float32", "bfloat16") for size in (1e-6, 1.0, 1e36)),
+        *(("float16", size) for size in (1e-6, 1e-4, 1.0, 1e4)),
+    ],
+)
+def test_local_rate_of_gradients_of_any_size_and_precision(dtype, size):
+    """Squares of float16 overflow from 256 on, those of float32 from 2e19 on."""
+    gradient = (size * np.asarray(gradients()["query"]["adder_kernel"])).astype(dtype)
+    scaled, _ = adaptive_local_rate(0.2).update({"adder_kernel": jnp.asarray(gradient)}, optax.EmptyState())
+    assert scaled["adder_kernel"].dtype == dtype
+    g = gradient.astype(np.float64)
+    expected = g / np.linalg.norm(g) * np.sqrt(g.size) / 5
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(scaled["adder_kernel"].astype(np.float32), expected, rtol=2 * eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_local_rate_below_its_floor(dtype):
+    """Gradients whose norm is below 1e-12 are multiplied by a constant, zeros stay zeros."""
+    tiny = jnp.full((16, 4), 1e-20)
+    scaled, _ = adaptive_local_rate(0.2).update({"adder_kernel": tiny}, optax.EmptyState())
+    np.testing.assert_allclose(scaled["adder_kernel"], 1e-20 * 0.2 * 8.0 / 1e-12, rtol=1e-5)
+    for shape in ((16, 4), (0, 4)):
+        zeros = {"adder_kernel": jnp.zeros(shape, dtype)}
+        scaled, _ = adaptive_local_rate(0.2).update(zeros, optax.EmptyState())
+        np.testing.assert_array_equal(scaled["adder_kernel"], zeros["adder_kernel"])
+
+
 def test_multiplier_defaults_to_the_root_of_fan_in():
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     derived, _ = scale_adder_updates(None).update(ones, optax.EmptyState())
