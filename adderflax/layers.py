@@ -104,8 +104,8 @@ class AdderConv(nn.Module):
       features: number of output features.
       kernel_size: height and width of the templates.
       strides: steps of the window in height and width, or one number for both.
-      padding: "SAME", "SAME_LOWER", "VALID", ((top, bottom), (left, right)), one number a side of the height
-        and of the width, or one for all; zeros, which cost -|w|, and nothing where `centered`.
+      padding: "SAME", "SAME_LOWER", "VALID", ((top, bottom), (left, right)), where one number may stand for a
+        pair, or one for all; zeros, which cost -|w|, and nothing where `centered`.
       dilation: distances between the positions of a template, likewise; `flax.linen.Conv` calls them
         kernel_dilation.
       feature_group_count: groups of channels; C makes it depthwise.
@@ -173,12 +173,30 @@ def geometry(layer: AdderConv) -> dict[str, Any]:
     pairs = {name: (value, value) if is_count(value) else value for name, value in pairs.items()}
     for name, value in pairs.items():
         require_pair(name, value)
-    padding = layer.padding
-    if isinstance(padding, numbers.Integral):
-        padding = (padding, padding)
-    if not isinstance(padding, str) and all(isinstance(side, numbers.Integral) for side in padding):
-        padding = tuple((side, side) for side in padding)
-    return pairs | {"padding": padding, "feature_group_count": layer.feature_group_count}
+    return pairs | {"padding": _sides(layer.padding), "feature_group_count": layer.feature_group_count}
+
+
+def _sides(padding: Any) -> str | tuple[tuple[int, int], tuple[int, int]]:
+    """((top, bottom), (left, right)); a name as it is, which `adder_conv` knows or refuses."""
+    if isinstance(padding, str):
+        return padding
+
+    def whole(value):
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+    def two(value):
+        return (value, value) if whole(value) else value
+
+    try:
+        (top, bottom), (left, right) = map(two, two(padding))
+    except (TypeError, ValueError):  # nothing that has two entries
+        top = bottom = left = right = None
+    if not all(map(whole, (top, bottom, left, right))):
+        raise ValueError(
+            f"padding={padding!r} must be 'SAME', 'SAME_LOWER', 'VALID', a whole number, or two entries, for"
+            " height and width, each a whole number or a pair of them, one for each side, as (1, (0, 2))."
+        )
+    return (top, bottom), (left, right)
 
 
 def _require_layer(layer: AdderDense | AdderConv) -> None:

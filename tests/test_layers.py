@@ -1,6 +1,7 @@
 """Layers against hand-computed cases and float64 references of their formulas."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -166,12 +167,27 @@ def test_the_window_of_a_convolution_is_given_in_pairs(name, value):
 
 
 @pytest.mark.parametrize(
+    "value",
+    [None, 1.0, True, (1,), (1, None), (1, (2,)), (1, (0, 2.0)), (1, (0, True)), ("1", "2")],
+    ids=repr,
+)
+def test_paddings_are_names_or_whole_numbers(value):
+    layer = AdderConv(8, (3, 3), padding=value)
+    with pytest.raises(
+        ValueError, match=rf"^padding={re.escape(repr(value))} must be 'SAME', .*, as \(1, \("
+    ):
+        layer.init(jax.random.key(0), tokens((1, 4, 4, 8)))
+
+
+@pytest.mark.parametrize(
     ("short", "pairs"),
     [
         ({"strides": 2}, {"strides": (2, 2)}),
         ({"dilation": 2}, {"dilation": (2, 2)}),
         ({"padding": 1}, {"padding": ((1, 1), (1, 1))}),
         ({"padding": (2, 0)}, {"padding": ((2, 2), (0, 0))}),
+        ({"padding": (1, (0, 2))}, {"padding": ((1, 1), (0, 2))}),
+        ({"padding": [(0, 2), 1]}, {"padding": ((0, 2), (1, 1))}),
     ],
     ids=str,
 )
