@@ -141,7 +141,7 @@ class EncoderConfig:
             )
         if self.attention_scale is not None and not is_finite(self.attention_scale):
             raise ValueError(
-                f"attention_scale={self.attention_scale!r} must be a number, or None for its default."
+                f"attention_scale={self.attention_scale!r} must be a finite number, or None for its default."
             )
         settle_rules(self, "grad_inputs", "grad_kernel", "grad_query", "grad_key")
         require_choice("implementation", self.implementation, (None, *available_implementations()))

@@ -78,7 +78,8 @@ def adder_attention(
 
     Raises:
         TypeError: an operand, mask, bias, scale or is_causal has a type or dtype that is not allowed.
-        ValueError: shapes that do not fit, no keys, a scale that is no scalar, or an unknown name.
+        ValueError: shapes that do not fit, no keys, a scale that is no scalar or a number that is not
+            finite, or an unknown name.
     """
     rules = canonical_rule(grad_query, "grad_query"), canonical_rule(grad_key, "grad_key")
     check_implementation(implementation)
@@ -86,11 +87,7 @@ def adder_attention(
         raise TypeError(f"is_causal: needs True or False, got {is_causal!r}.")
     _check_name("similarity", similarity)
     _check_name("aggregation", aggregation)
-    if not isinstance(scale, (type(None), numbers.Real)):
-        if not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
-            raise TypeError(f"scale: needs a Python number or a floating scalar array, got {scale!r}.")
-        if jnp.ndim(scale) != 0:
-            raise ValueError(f"scale: needs a scalar, got shape {jnp.shape(scale)}.")
+    _check_scale(scale)
     query, key, value = (
         check_array(array, name, "adder_attention")
         for name, array in (("query", query), ("key", key), ("value", value))
@@ -273,6 +270,18 @@ def _common_dtype(*arrays):
 def _check_name(argument: str, name: str) -> None:
     if name not in ("l1", "dot"):
         raise ValueError(f'{argument}: unknown name {name!r}; allowed are "l1" and "dot".')
+
+
+def _check_scale(scale) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+        if not abs(float(scale)) <= float(jnp.finfo(jnp.float32).max):  # NaN is not
+            raise ValueError(f"scale: needs a number that is finite in float32, got {scale!r}.")
+    elif not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
+        raise TypeError(f"scale: needs a Python number or a floating scalar array, got {scale!r}.")
+    elif jnp.ndim(scale) != 0:
+        raise ValueError(f"scale: needs a scalar, got shape {jnp.shape(scale)}.")
 
 
 def _check_shapes(query, key, value, identity) -> None:
