@@ -233,9 +233,10 @@ def _bounded(value):
     """The value that adds the same to an L1 aggregate, and has the same gradients, but is not large.
 
     Weights lie in [0, 2]. Beyond them |value| - |weight - value| is weight or -weight, and beyond [-1, 3] the
-    HardTanh rules are at their ends, too. Large values would cost the others their last digits.
+    HardTanh rules are at their ends, where a derivative of them has no edge. Large values would cost the
+    others their last digits.
     """
-    return jnp.clip(value, -1.0, 3.0)
+    return jnp.clip(value, -2.0, 4.0)
 
 
 _bounded.defjvps(lambda tangent, result, value: tangent)

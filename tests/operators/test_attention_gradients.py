@@ -181,7 +181,7 @@ def test_derivatives_of_the_gradients_of_attention(name):
 
 
 def test_derivatives_of_the_gradient_of_masked_values_that_are_added():
-    """Aggregation "l1", whose hidden terms are taken out again; queries of zeros make the weights uniform."""
+    """Aggregation "l1"; queries of zeros make the weights uniform over what is seen."""
     zeros, value, direction = (
         np.zeros((1, 5, 1, 4), np.float32),
         2 * normal(0, 1, 5, 1, 3),
@@ -194,8 +194,8 @@ def test_derivatives_of_the_gradient_of_masked_values_that_are_added():
     def formula(step):
         moved = (value.astype(np.float64) + step * direction)[:, None, :, 0]
         difference = seen / seen.sum(1, keepdims=True) - moved  # [1, t, s, d]
-        g = np.cos(-(seen * np.abs(difference)).sum(2, keepdims=True))
-        return (seen * np.clip(difference, -1, 1) * g).sum(1)[:, :, None]
+        g = np.cos((seen * (np.abs(moved) - np.abs(difference))).sum(2, keepdims=True))
+        return (seen * (np.clip(difference, -1, 1) + np.clip(moved, -1, 1)) * g).sum(1)[:, :, None]
 
     expected = (formula(1e-6) - formula(-1e-6)) / 2e-6
     np.testing.assert_allclose(gradient(value), formula(0.0), atol=1e-5)
