@@ -82,6 +82,7 @@ def test_commands_name_files_and_flags_that_exist():
                 "table",
                 "evaluate",
                 "keep_checkpoints",
+                "integer_only",
                 "convention",
                 "json",
                 "output",
