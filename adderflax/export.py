@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--bits", type=int, default=8, help=f"of inputs and templates, {BITS[0]} to {BITS[-1]}"
     )
-    parser.add_argument("--calibration", type=int, default=256, help="training images (default 256)")
+    parser.add_argument(
+        "--calibration", type=int, default=256, help="training images, some hundred (default 256)"
+    )
     parser.add_argument("--vectors", type=int, default=2, help="test images to trace (default 2)")
     parser.add_argument("--evaluate", action="store_true", help="classify the whole test part, too")
     parser.add_argument(
@@ -73,6 +75,8 @@ def as_text(description: dict) -> str:
             f" {description['bits']} bits"
             + (f", {description[_WHOLE]:.4f} with nothing but integers" if _WHOLE in description else ""),
         ]
+    if description.get("integer_only"):
+        lines += ["", "The model without floats: integer_only.py, and integer_only.md for what it computes."]
     return "\n".join(lines)
 
 

@@ -181,7 +181,7 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
 
 
 def _aggregations_as_products(ledger: Ledger) -> Ledger:
-    """The ledger with aggregations that add priced as products: an export leaves either in float32."""
+    """The ledger with aggregations that add priced as products: an export has either in float32."""
     aggregations = split_into_parts(ledger).get(_AGGREGATION, Ledger(())).entries
     adding = {id(entry) for entry in aggregations if entry.kind == ADDER}
     entries = (
@@ -214,9 +214,11 @@ def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:
     """Splits the ledger of an inference by part of the network.
 
     The similarity of queries and keys and the product with the values belong to the same
-    module, "attention": of its products and adder operators the first is the similarity.
+    module, "attention": of its products and adder operators the first is the similarity. What follows an
+    aggregation that adds there, the sum of its values' magnitudes, is of that.
     """
     seen: Counter[str] = Counter()
+    adding: set[str] = set()
 
     def part(entry: Entry) -> str:
         name = entry.path.rpartition("/")[2]
@@ -228,6 +230,10 @@ def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:
             return _PARTS[name]
         if name == "attention":
             seen[entry.path] += multiplies
+            if multiplies and seen[entry.path] > 1 and entry.kind == ADDER:
+                adding.add(entry.path)
+            if entry.path in adding:
+                return _AGGREGATION
             return ("scores", _AGGREGATION)[seen[entry.path] > 1] if multiplies else SOFTMAX
         if name == "mlp":
             return "GELU"

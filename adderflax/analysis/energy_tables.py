@@ -178,9 +178,9 @@ TABLES: Mapping[str, EnergyTable] = {
             "exported",
             "float32",
             "float32",
-            "what python -m adderflax.export writes: adder operators but for A V, and the products in "
-            "their place in the twin, in int8 with sums in int32, all else in fp32; rounding to int8 is "
-            "not counted",
+            "what python -m adderflax.export writes without --integer_only: adder operators but for A V, "
+            "and the products in their place in the twin, in int8 with sums in int32, all else in fp32; "
+            "rounding to int8 is not counted",
             adders=("int8", "int32"),
         ),
         _horowitz(

@@ -52,7 +52,7 @@ from adderflax.training.workdir import (
 
 _INTEGERS, _VECTORS = "integers.npz", "vectors.npz"
 _INTEGER_ONLY = "integer_only"
-_FORMAT = 1
+_FORMAT = 2  # 1: an L1 aggregation was -sum |weights - values|
 _EVALUATED_AT_ONCE = 100
 # What reading a damaged file of ours ends with.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, ArithmeticError, EOFError, zipfile.BadZipFile)
@@ -127,7 +127,8 @@ def export_workdir(
         if not (integers.operations or integer_only):
             raise ValueError(
                 "The model has no adder layer and no L1 similarity, so it has no integers to export. Choose a"
-                " model whose arithmetic adds, or integer_only, which rounds what multiplies too."
+                " model whose arithmetic adds, or for a VisionTransformer integer_only, which rounds what"
+                " multiplies too."
             )
         if not integers.operations and bits != 8:
             raise ValueError(
@@ -135,7 +136,7 @@ def export_workdir(
                 " multiplies does so with 8. Leave bits out."
             )
         whole = integer_only_model(integers, images, info) if integer_only else None
-        figures = accuracies(integers, whole) if evaluate else {}
+        figures = {"integer_only": integer_only} | (accuracies(integers, whole) if evaluate else {})
         with _telling_of(directory):
             for name in ("config.json", "dataset.json"):
                 shutil.copyfile(Path(workdir) / name, written / name)
@@ -246,8 +247,10 @@ def load_integers(directory: str | Path) -> tuple[IntegerModel, DatasetInfo]:
     model = in_float32(build_model(run.model_config(info)))
     try:
         description = json.loads((directory / INTEGERS).read_text())
-        if description["format"] != _FORMAT:
-            raise ValueError(f"its format is {description['format']}, and this version reads {_FORMAT}")
+        if description["format"] not in (1, _FORMAT):
+            raise ValueError(f"its format is {description['format']}, and this version reads 1 and {_FORMAT}")
+        if description["format"] == 1 and description["model"].get("aggregation") == "l1":
+            raise ValueError("its L1 aggregation is that of an earlier version")
         if (bits := description["bits"]) not in BITS:
             raise ValueError(f"bits={bits!r} is not one of {', '.join(map(str, BITS))}")
         with np.load(directory / _INTEGERS) as archive:
@@ -285,8 +288,14 @@ def load_integer_only(directory: str | Path) -> tuple[IntegerOnly, DatasetInfo]:
         described = json.loads((directory / f"{_INTEGER_ONLY}.json").read_text())
         if described["format"] != FORMAT:
             raise ValueError(f"its format is {described['format']}, and this version reads {FORMAT}")
-        with np.load(directory / f"{_INTEGER_ONLY}.npz") as arrays:
-            return computing_fast(described, dict(arrays)), info
+        with np.load(directory / f"{_INTEGER_ONLY}.npz") as archive:
+            arrays = dict(archive)
+        needed = {"pixels", "exponentials", "position_embedding", *described["tables"]}
+        needed |= {f"{name}/kernel" for name in described["layers"]}
+        needed |= {f"{name}/{part}" for name in described["norms"] for part in ("gain", "offset")}
+        if missing := sorted(needed - arrays.keys()):
+            raise ValueError(f"{', '.join(missing)} are not in {_INTEGER_ONLY}.npz")
+        return computing_fast(described, arrays), info
     except _DAMAGE as error:
         raise WorkdirError(
             f"{directory} cannot be read as a model without floats: {error!r}. Export the run again, with"

@@ -56,7 +56,8 @@ def integer_only_model(integers: IntegerModel, images_BxHxWxC: np.ndarray, info:
       The model, which multiplies and adds with whatever is fastest here; the integers are those of NumPy.
 
     Raises:
-      ValueError: the model is another one, its attention_scale is below 0, or there is no image.
+      ValueError: the model is another one, its attention_scale is below 0, a weight is not finite, or there
+        is no image.
     """
     if not isinstance(integers.model, VisionTransformer):
         raise ValueError(
@@ -86,7 +87,7 @@ _sums = jax.jit(adder_matmul)
 
 def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if max(np.max(x), np.max(y)) > 127 or min(np.min(x), np.min(y)) < -128:  # of an L1 aggregation
-        return distances(x, y)
+        return distances(x, y) if x.ndim == 2 else np.stack([_distances(*pair) for pair in zip(x, y)])
     return np.int64(_sums(np.int8(x), np.int8(y)))
 
 
@@ -295,5 +296,10 @@ class _Writer:
 
 def _whole(values: np.ndarray, exponent: int, bits: int) -> np.ndarray:
     """Values in units of 2^exponent, in the least dtype of so many bits."""
+    if not np.all(np.isfinite(values)):
+        raise ValueError(
+            "Weights are not finite, so no integers stand for them: the run has diverged. Export an earlier"
+            " checkpoint, with --best."
+        )
     rounded = np.clip(np.rint(values * 2.0**-exponent), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     return rounded.astype(np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32)

@@ -69,7 +69,7 @@ class IntegerOnly:
         self._record: Callable[[str, np.ndarray], None] = _forget
 
     def trace(self, images_BxHxWxC: np.ndarray) -> dict[str, np.ndarray]:
-        """The integers, int32, that every step gives for uint8 pixels, by the names of integer_only.md."""
+        """The integers, int32, that every step gives, by the names of integer_only.md; images as `logits`."""
         found: dict[str, np.ndarray] = {}
         self._record = lambda name, integers: found.update(
             {name: integers.astype(np.int32, casting="same_kind")}
@@ -81,8 +81,18 @@ class IntegerOnly:
         return found
 
     def logits(self, images_BxHxWxC: np.ndarray) -> Fixed:
-        """The logits [B, num_classes] of uint8 pixels [B, H, W, C]."""
+        """The logits [B, num_classes] of uint8 pixels [B, image_size, image_size, channels].
+
+        Raises:
+          ValueError: the images have another dtype or shape.
+        """
         model, images = self.described["model"], images_BxHxWxC
+        expected = (model["image_size"], model["image_size"], model["channels"])
+        if images.dtype != np.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}, but this model takes uint8 pixels"
+                f" [batch, {', '.join(map(str, expected))}]: resize them, and do not normalize them."
+            )
         tokens = self._embedded(self._pixels(images))
         if model["pooling"] == "token":
             token = np.broadcast_to(self._arrays["class_token"], (len(images), 1, tokens.integers.shape[2]))

@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             builder = _prepare(options.name, options.data_dir)
     except KeyboardInterrupt:
-        reason = "it was interrupted"
+        reason = "preparing it was interrupted"
     except Exception as error:  # Whatever went wrong inside is told in one sentence.
         reason = _one_line(options.name, error)
     else:
@@ -129,8 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(reason)
         return 1
     print(
-        f"error: The image set {options.name!r} is not ready: {reason.rstrip('.')}. Mend that and give the"
-        " same command again, or copy the directory from a machine where it succeeds.",
+        f"error: The image set {options.name!r} is not ready: {reason.rstrip('.')}. Give the same command"
+        " again once that is mended, or copy the directory from a machine where it succeeds.",
         file=sys.stderr,
     )
     return 1

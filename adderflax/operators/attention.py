@@ -277,7 +277,7 @@ def _check_scale(scale) -> None:
     if scale is None:
         return
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
-        if not abs(float(scale)) <= float(jnp.finfo(jnp.float32).max):  # NaN is not
+        if not abs(scale) <= float(jnp.finfo(jnp.float32).max):  # NaN is not
             raise ValueError(f"scale: needs a number that is finite in float32, got {scale!r}.")
     elif not jnp.issubdtype(getattr(scale, "dtype", bool), jnp.floating):
         raise TypeError(f"scale: needs a Python number or a floating scalar array, got {scale!r}.")

@@ -81,12 +81,7 @@ def require_source(config: WarmStartConfig) -> None:
     """
     if config.source is None:
         return
-    source = Path(config.source)
-    with _naming(config):
-        if not source.exists():
-            raise ValueError(
-                "it does not exist. Give a trained run's workdir, or a .pth, .pt, .safetensors or .npz file."
-            )
+    with _naming(config) as source:
         # Seconds, against hours of a download that would be for nothing.
         (load_model if source.is_dir() else read_weight_file)(source)
 
@@ -112,8 +107,7 @@ def inherited_params(
             f"warm_start.source={config.source!r} cannot start this model: only Vision Transformers are"
             " converted. For AdderNet's residual network see `adderflax.models.load_addernet_weights`."
         )
-    source = Path(config.source)
-    with _naming(config):
+    with _naming(config) as source:
         if source.is_dir():
             module, variables, _ = load_model(source)
             if not isinstance(module, VisionTransformer):
@@ -130,8 +124,14 @@ def inherited_params(
 
 
 @contextlib.contextmanager
-def _naming(config: WarmStartConfig) -> Iterator[None]:
+def _naming(config: WarmStartConfig) -> Iterator[Path]:
+    """Gives the source, and names it in what goes wrong with it."""
+    source = Path(config.source)
     try:
-        yield
+        if not source.exists():
+            raise ValueError(
+                "it does not exist. Give a trained run's workdir, or a .pth, .pt, .safetensors or .npz file."
+            )
+        yield source
     except (ModuleNotFoundError, OSError, ValueError, WorkdirError) as error:
         raise ValueError(f"warm_start.source={config.source!r} cannot be used: {error}") from error

@@ -278,7 +278,7 @@ def train(
 
 def _finished(run: RunConfig, workdir: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended whole, which needs neither its data nor its teacher any more."""
-    if not (workdir / "summary.json").exists():
+    if not all((workdir / name).exists() for name in ("summary.json", "dataset.json")):
         return None
     total = run.num_steps(workdir_lib.read_info(workdir))
     if (summary := workdir_lib.read_summary(workdir, steps=total)) is None:

@@ -217,6 +217,11 @@ def test_an_aggregation_that_adds_is_exported_in_float32():
     for name, ours, twin in (("scores", 0.13, 0.3), ("A V", 1.8, 4.6)):
         assert parts[name].model["paper"].total == pytest.approx(ours * terms * 1e-9)
         assert parts[name].twin["paper"].total == pytest.approx(twin * terms * 1e-9)
+    # The sums of the values' magnitudes are of the aggregation: only that values are clipped, and weights
+    # divided and joined by I where a product is in the twin, is of the softmax.
+    softmax = parts["softmax, scale, identity"]
+    one = model.depth * model.num_tokens * model.embed_dim * 0.9e-9  # addition a value
+    assert softmax.model["full"].total == pytest.approx(softmax.twin["full"].total, abs=5 * one)
 
 
 def test_the_unit_of_the_tables_fits_the_model():

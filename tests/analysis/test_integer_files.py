@@ -218,8 +218,14 @@ def test_no_run_begins_where_integers_are(tmp_path):
 def test_damaged_files(workdir, tmp_path):
     export_workdir(workdir, tmp_path, calibration=8, vectors=1)
     description = json.loads((tmp_path / "integers.json").read_text())
-    (tmp_path / "integers.json").write_text(json.dumps(description | {"format": 2}))
-    with pytest.raises(WorkdirError, match="its format is 2, and this version reads 1"):
+    (tmp_path / "integers.json").write_text(json.dumps(description | {"format": 3}))
+    with pytest.raises(WorkdirError, match="its format is 3, and this version reads 1 and 2"):
+        load_integers(tmp_path)
+    (tmp_path / "integers.json").write_text(json.dumps(description | {"format": 1}))
+    load_integers(tmp_path)
+    added = {"format": 1, "model": description["model"] | {"aggregation": "l1"}}
+    (tmp_path / "integers.json").write_text(json.dumps(description | added))
+    with pytest.raises(WorkdirError, match="its L1 aggregation is that of an earlier version"):
         load_integers(tmp_path)
     operations = description["operations"]
     for damage, told in (

@@ -241,6 +241,28 @@ def test_exponentials():
     assert reference.two_to_the(np.array([0, 2**62]), 6, table).tolist() == [2**15, 0]
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((1, 8, 8, 1), np.float32),
+        np.zeros((1, 8, 8, 1), np.int32),
+        np.zeros((1, 2, 2, 1), np.uint8),
+        np.zeros((1, 4, 16, 1), np.uint8),
+        np.zeros((8, 8, 1), np.uint8),
+    ],
+)
+def test_images_are_pixels_of_the_size(images):
+    with pytest.raises(ValueError, match=r"but this model takes uint8 pixels \[batch, 8, 8, 1\]: resize"):
+        made()[1].logits(images)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    integers, _, pixels = made(arithmetic="multiply")
+    integers.variables["params"]["head"]["bias"] = jnp.full(10, jnp.nan)
+    with pytest.raises(ValueError, match="Weights are not finite, so no integers stand for them"):
+        integer_only_model(integers, pixels, INFO)
+
+
 def test_other_models_are_refused():
     model = AdderResNet(AdderResNetConfig())
     with pytest.raises(ValueError, match="A AdderResNet has no form in whole numbers alone"):
@@ -275,6 +297,7 @@ def test_files(workdir, tmp_path, capsys):
     description = json.loads((directory / "integers.json").read_text())
     accuracy = description["test_accuracy_integer_only"]
     assert f"with integers of 8 bits, {accuracy:.4f} with nothing but integers" in told
+    assert "The model without floats: integer_only.py" in told
     whole, info = load_integer_only(directory)
     test = load_dataset(DataConfig(name="digits")).test
     pixels, labels = (np.stack([test[i][field] for i in range(len(test))]) for field in ("image", "label"))
@@ -302,7 +325,7 @@ def test_files(workdir, tmp_path, capsys):
 
 
 def test_a_model_that_adds_nowhere_has_no_other_export(workdir, tmp_path):
-    with pytest.raises(ValueError, match="no adder layer and no L1 similarity, so .* or integer_only, which"):
+    with pytest.raises(ValueError, match="no adder layer and no L1 similarity, so .* or for a VisionTransformer integer_only"):
         export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1)
     with pytest.raises(ValueError, match="bits=4 is that of adder layers and L1 similarities, and the model"):
         export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1, bits=4, integer_only=True)
@@ -317,6 +340,15 @@ def test_damaged_files(workdir, tmp_path):
     (tmp_path / "integer_only.json").write_text(json.dumps(whole.described | {"format": 2}))
     with pytest.raises(WorkdirError, match="its format is 2, and this version reads 1"):
         load_integer_only(tmp_path)
+    (tmp_path / "integer_only.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(WorkdirError, match="KeyError"):
+        load_integer_only(tmp_path)
+    (tmp_path / "integer_only.json").write_text(json.dumps(whole.described))
+    for lost in ("head/kernel", "norm/offset", "block_0/mlp/gelu", "pixels"):
+        arrays = {name: array for name, array in whole.arrays.items() if name != lost}
+        np.savez(tmp_path / "integer_only.npz", **arrays)
+        with pytest.raises(WorkdirError, match=f"{lost} are not in integer_only.npz"):
+            load_integer_only(tmp_path)
     (tmp_path / "integer_only.json").unlink()
     with pytest.raises(WorkdirError, match="Export the run again, with --integer_only"):
         load_integer_only(tmp_path)

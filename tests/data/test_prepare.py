@@ -142,7 +142,7 @@ def test_prepares_and_reads_a_set(tmp_path, root):
         "0 ['1.0.0']",
     ]
     reason = "preparing tiny_pictures failed with OSError: the download broke off"
-    assert f"error: The image set 'tiny_pictures' is not ready: {reason}. Mend that and give" in done.stderr
+    assert f"error: The image set 'tiny_pictures' is not ready: {reason}. Give the same" in done.stderr
     assert "Dataset tiny_pictures downloaded and prepared" in done.stderr
     dataset = load_dataset(DataConfig(name="tiny_pictures", data_dir=str(directory)))
     assert dataset.info.class_names == ("dark", "light")

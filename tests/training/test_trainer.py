@@ -230,6 +230,14 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
     assert "Finished at step 6" in capsys.readouterr().out
 
 
+def test_a_finished_run_gets_back_a_description_that_is_lost(finished, capsys):
+    workdir, summary = finished
+    before = (workdir / "dataset.json").read_text()
+    (workdir / "dataset.json").unlink()
+    assert train(small_config(), workdir, progress=False)["test_loss"] == summary["test_loss"]
+    assert (workdir / "dataset.json").read_text() == before
+
+
 def test_evaluate_a_workdir(finished):
     workdir, summary = finished
     figures = evaluate(workdir)
