@@ -382,19 +382,26 @@ def test_the_table_of_widths_is_that_of_its_lines():
         for line in page.splitlines()
         if line.startswith("| ")
     )
-    models = [row[0].partition(",")[0] for row in rows]
-    assert models == list(dict.fromkeys(line["model"] for line in lines))
-    for model, (_, exact, *cells) in zip(models, rows):
-        found = {line["bits"]: line for line in lines if line["model"] == model}
-        assert {f"{100 * line['test_accuracy_float']:.1f}" for line in found.values()} == {exact}
-        told = {int(name[0]): cell for name, cell in zip(header[2:], cells) if cell}
-        assert told == {bits: f"{100 * line['test_accuracy_integer']:.1f}" for bits, line in found.items()}
-        assert f"{line_count(found):,} images" in next(row[0] for row in rows if row[0].startswith(model))
-
-
-def line_count(lines):
-    (count,) = {line["test_examples"] for line in lines.values()}
-    return count
+    forms = {"adder layers in integers": "integer", "nothing but integers": "integer_only"}
+    told = {}
+    for title, exact, *cells in rows:
+        model, _, form = title.partition(": ")
+        model, _, images = model.partition(
+            ", 0.2 M parameters, " if "0.2" in model else ", 3.9 M parameters, "
+        )
+        for name, cell in zip(header[2:], cells):
+            if cell:
+                told[model, int(name[0]), forms[form]] = exact, cell
+        found = {f"{line['test_examples']:,} images" for line in lines if line["model"] == model}
+        assert not images or {images} == found
+    assert told == {
+        (line["model"], line["bits"], form): tuple(
+            f"{100 * line[f'test_accuracy_{kind}']:.1f}" for kind in ("float", form)
+        )
+        for line in lines
+        for form in forms.values()
+        if f"test_accuracy_{form}" in line
+    }
 
 
 def test_the_weights_that_come_along_are_of_the_runs():

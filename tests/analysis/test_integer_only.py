@@ -325,7 +325,9 @@ def test_files(workdir, tmp_path, capsys):
 
 
 def test_a_model_that_adds_nowhere_has_no_other_export(workdir, tmp_path):
-    with pytest.raises(ValueError, match="no adder layer and no L1 similarity, so .* or for a VisionTransformer integer_only"):
+    with pytest.raises(
+        ValueError, match="no adder layer and no L1 similarity, so .* or for a VisionTransformer integer_only"
+    ):
         export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1)
     with pytest.raises(ValueError, match="bits=4 is that of adder layers and L1 similarities, and the model"):
         export_workdir(workdir, tmp_path / "out", calibration=8, vectors=1, bits=4, integer_only=True)
