@@ -21,8 +21,6 @@ from adderflax.training import profiling
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
 
-_WHOLE = "test_accuracy_integer_only"
-
 
 @pipes.reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,13 +66,17 @@ def as_text(description: dict) -> str:
             f"{str(entry['accumulator_bits']) + ' bits':>13}{100 * entry['clipped']:>8.2f} %"
         )
     if "test_examples" in description:
-        lines += [
-            "",
-            f"{description['test_examples']} test images: {description['test_accuracy_float']:.4f} in"
-            f" float32, {description['test_accuracy_integer']:.4f} with integers of"
-            f" {description['bits']} bits"
-            + (f", {description[_WHOLE]:.4f} with nothing but integers" if _WHOLE in description else ""),
-        ]
+        forms = {
+            "float": "in float32",
+            "integer": f"with integers of {description['bits']} bits",
+            "integer_only": "with nothing but integers",
+        }
+        told = ", ".join(
+            f"{description[f'test_accuracy_{name}']:.4f} {form}"
+            for name, form in forms.items()
+            if f"test_accuracy_{name}" in description
+        )
+        lines += ["", f"{description['test_examples']} test images: {told}"]
     if description.get("integer_only"):
         lines += ["", "The model without floats: integer_only.py, and integer_only.md for what it computes."]
     return "\n".join(lines)

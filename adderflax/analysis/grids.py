@@ -11,21 +11,36 @@ _FINER = 4
 
 
 def on_grid(values: jax.Array, exponent: int, bits: int) -> jax.Array:
-    """float32 values of the grid 2^exponent * {-2^(bits - 1), ..., 2^(bits - 1) - 1} nearest to these."""
+    """Values of the grid 2^exponent * {-2^(bits - 1), ..., 2^(bits - 1) - 1} nearest to these.
+
+    float32, in the shape of the values, which are of any floating dtype.
+    """
     return rounded(values, exponent, bits) * 2.0**exponent
 
 
 def rounded(values: jax.Array, exponent: int, bits: int) -> jax.Array:
-    """The integers of these values, float32: values / 2^exponent rounded, halves to even, and clipped."""
+    """The integers of these values, as `on_grid` takes and gives them: halves to even, and clipped."""
     largest = 2.0 ** (bits - 1)
     return jnp.clip(jnp.round(values.astype(jnp.float32) * 2.0**-exponent), -largest, largest - 1)
 
 
 def best_exponent(bits: int, error: Callable[[int], float], *operands: jax.Array) -> tuple[int, float]:
-    """The exponent with the least error, and the share of the operands that its grid cuts off."""
+    """The exponent with the least error, and the share of the operands that its grid cuts off.
+
+    Args:
+      bits: of the grid.
+      error: what an exponent costs; asked of the coarsest that cuts nothing off and some finer ones.
+      *operands: floating arrays of any shape that share the grid.
+
+    Returns:
+      The exponent, and a share from 0 to 1.
+
+    Raises:
+      ValueError: an operand is not finite.
+    """
     if not all(bool(jnp.all(jnp.isfinite(array))) for array in operands):
         raise ValueError(
-            "Templates or what meets them are not finite, so no grid holds them: the run has diverged. Export"
+            "Weights or what meets them are not finite, so no grid holds them: the run has diverged. Export"
             " an earlier checkpoint, with --best."
         )
     largest = max(float(jnp.max(jnp.abs(array))) for array in operands)

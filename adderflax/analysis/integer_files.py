@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from adderflax.analysis.integer_only import FORMAT, computing_fast, integer_only_model
+from adderflax.analysis.integer_only import INTEGER_ONLY_FORMAT, computing_fast, integer_only_model
 from adderflax.analysis.integer_only_reference import IntegerOnly
 from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize, width
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
@@ -109,10 +109,9 @@ def export_workdir(
         return next(evaluation_batches(dataset, part, data, batch_size=count))["image"]
 
     def accuracies(integers: IntegerModel, whole: IntegerOnly | None) -> dict[str, Any]:
-        functions = {
-            "float": _jitted(lambda images: in_float32(model).apply(variables, images), info),
-            "integer": _jitted(integers.apply, info),
-        }
+        functions = {"float": _jitted(lambda images: in_float32(model).apply(variables, images), info)}
+        if integers.operations:
+            functions["integer"] = _jitted(integers.apply, info)
         if whole is not None:
             functions["integer_only"] = lambda pixels: whole.logits(pixels).integers
         figures = {}
@@ -286,8 +285,8 @@ def load_integer_only(directory: str | Path) -> tuple[IntegerOnly, DatasetInfo]:
     info = read_info(directory)
     try:
         described = json.loads((directory / f"{_INTEGER_ONLY}.json").read_text())
-        if described["format"] != FORMAT:
-            raise ValueError(f"its format is {described['format']}, and this version reads {FORMAT}")
+        if (found := described["format"]) != INTEGER_ONLY_FORMAT:
+            raise ValueError(f"its format is {found}, and this version reads {INTEGER_ONLY_FORMAT}")
         with np.load(directory / f"{_INTEGER_ONLY}.npz") as archive:
             arrays = dict(archive)
         needed = {"pixels", "exponentials", "position_embedding", *described["tables"]}

@@ -35,7 +35,7 @@ from adderflax.layers import AdderConv, AdderDense, MultiplyConv, MultiplyDense,
 from adderflax.models.vit import VisionTransformer
 from adderflax.operators import adder_matmul
 
-FORMAT = 1
+INTEGER_ONLY_FORMAT = 1
 _MULTIPLYING = (MultiplyDense, MultiplyConv)
 _LINEAR = (AdderDense, AdderConv, *_MULTIPLYING)
 _GELU_IS_ZERO = 6.0  # below its negative
@@ -168,6 +168,11 @@ class _Writer:
         self._config = integers.model.config.resolved()
         flat = traverse_util.flatten_dict(integers.variables["params"], sep="/")
         self._params = {name: np.asarray(array, np.float64) for name, array in flat.items()}
+        if not all(np.all(np.isfinite(array)) for array in self._params.values()):
+            raise ValueError(
+                "Weights are not finite, so no integers stand for them: the run has diverged. Export an"
+                " earlier checkpoint, with --best."
+            )
         self._templates, self._constants = integers.templates(), integers.constants()
         self._arrays: dict[str, np.ndarray] = {}
         self._layers: dict[str, Any] = {}
@@ -200,7 +205,7 @@ class _Writer:
         places = np.arange(2**SOFTMAX)
         self._arrays["exponentials"] = np.int32(np.rint(2.0 ** (ONE - places / 2**SOFTMAX)))
         described = {
-            "format": FORMAT,
+            "format": INTEGER_ONLY_FORMAT,
             "model": dataclasses.asdict(config),
             "pixels": self._pixels(next(iter(self._layers))),
             "stream": {"exponent": stream},
@@ -295,11 +300,6 @@ class _Writer:
 
 
 def _whole(values: np.ndarray, exponent: int, bits: int) -> np.ndarray:
-    """Values in units of 2^exponent, in the least dtype of so many bits."""
-    if not np.all(np.isfinite(values)):
-        raise ValueError(
-            "Weights are not finite, so no integers stand for them: the run has diverged. Export an earlier"
-            " checkpoint, with --best."
-        )
+    """Values in units of 2^exponent, in the least dtype of so many bits, clipped."""
     rounded = np.clip(np.rint(values * 2.0**-exponent), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     return rounded.astype(np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32)

@@ -276,18 +276,17 @@ def _layer_operation(
     detached = layer.copy(parent=None, power_activation=False)
     wanted = detached.apply({"params": params}, inputs) if layer.power_activation else outputs
 
-    def moved(exponent: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        given = params | {_TEMPLATES: on_grid(kernel, exponent, bits)}
-        found = detached.apply({"params": given}, on_grid(inputs, exponent, bits))
-        return found, _matching(found, wanted) if norm else (1.0, 0.0)
+    moments: dict[int, tuple[jax.Array, jax.Array]] = {}
 
     def error(exponent: int) -> float:
-        found, (gain, offset) = moved(exponent)
+        given = params | {_TEMPLATES: on_grid(kernel, exponent, bits)}
+        found = detached.apply({"params": given}, on_grid(inputs, exponent, bits))
+        gain, offset = moments[exponent] = _matching(found, wanted) if norm else (1.0, 0.0)
         return float(jnp.mean(jnp.square(gain * found + offset - wanted)))
 
     exponent, clipped = best_exponent(bits, error, inputs, kernel)
     if norm:
-        gain, offset = map(jnp.ravel, moved(exponent)[1])
+        gain, offset = map(jnp.ravel, moments[exponent])
         norm = {"scale": norm["scale"] * gain, "bias": norm["bias"] * gain + offset}
     terms, shared = math.prod(kernel.shape[:-1]), {"centered": layer.centered, "clipped": clipped}
     if isinstance(layer, AdderDense):

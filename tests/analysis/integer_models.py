@@ -7,6 +7,8 @@ import numpy as np
 from flax import linen as nn
 
 from adderflax import AdderConv, AdderDense, VisionTransformer, VisionTransformerConfig
+from adderflax.training.config import default_config
+from adderflax.training.trainer import train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,18 @@ def model_of(**fields):
 
 
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24, "centered": True, "pooling": "mean"}
+
+
+def trained(path, **fields):
+    """The workdir of a run of two steps on the digits, of a model that is SMALL but for these fields."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {"batch_size": 32, "total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2}
+        | {f"model.{name}": value for name, value in (SMALL | fields).items()}
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        train(config, path, progress=False)
+    return path
 
 
 def expected_integers(values, exponent, bits):

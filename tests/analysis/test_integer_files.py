@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integer_models import SMALL, RawSums, dense_sums, model_of
+from integer_models import SMALL, RawSums, dense_sums, model_of, trained
 
 from adderflax import AdderConv, export
 from adderflax.analysis.integer_files import export_workdir, load_integers, write_integers
@@ -100,16 +100,7 @@ def test_padding_in_numbers_is_that_of_the_layer():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run of two steps on the digits, in bfloat16."""
-    config = default_config()
-    config.update_from_flattened_dict(
-        {"batch_size": 32, "total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2}
-        | {f"model.{name}": value for name, value in SMALL.items()}
-        | {"model.dtype": "bfloat16"}
-    )
-    path = tmp_path_factory.mktemp("integers") / "run"
-    with jax.numpy_dtype_promotion("standard"):
-        train(config, path, progress=False)
-    return path
+    return trained(tmp_path_factory.mktemp("integers") / "run", dtype="bfloat16")
 
 
 def test_files(workdir, tmp_path, capsys):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integer_models import SMALL, model_of
+from integer_models import SMALL, model_of, trained
 
 from adderflax import export
 from adderflax.analysis import integer_only_reference as reference
@@ -22,8 +22,6 @@ from adderflax.analysis.integer_only import integer_only_model
 from adderflax.analysis.integers import quantize
 from adderflax.data import DataConfig, load_dataset, normalize_batch
 from adderflax.models import AdderResNet, AdderResNetConfig
-from adderflax.training.config import default_config
-from adderflax.training.trainer import train
 from adderflax.training.workdir import WorkdirError
 
 ALL_ADD = {"patch_embedding": "adder", "head": "adder", "aggregation": "l1"}
@@ -278,15 +276,7 @@ def test_other_models_are_refused():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A multiplying run of two steps on the digits."""
-    config = default_config()
-    config.update_from_flattened_dict(
-        {"batch_size": 32, "total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2}
-        | {f"model.{name}": value for name, value in (SMALL | {"arithmetic": "multiply"}).items()}
-    )
-    path = tmp_path_factory.mktemp("integer_only") / "run"
-    with jax.numpy_dtype_promotion("standard"):
-        train(config, path, progress=False)
-    return path
+    return trained(tmp_path_factory.mktemp("integer_only") / "run", arithmetic="multiply")
 
 
 def test_files(workdir, tmp_path, capsys):
@@ -296,7 +286,8 @@ def test_files(workdir, tmp_path, capsys):
     told = capsys.readouterr().out
     description = json.loads((directory / "integers.json").read_text())
     accuracy = description["test_accuracy_integer_only"]
-    assert f"with integers of 8 bits, {accuracy:.4f} with nothing but integers" in told
+    exact = description["test_accuracy_float"]
+    assert f"images: {exact:.4f} in float32, {accuracy:.4f} with nothing but integers\n" in told
     assert "The model without floats: integer_only.py" in told
     whole, info = load_integer_only(directory)
     test = load_dataset(DataConfig(name="digits")).test
