@@ -366,6 +366,23 @@ def test_the_decisive_experiment(name, head_width):
     assert len(study.comparisons) == 16
 
 
+def test_the_study_of_depth():
+    study = load_study("studies/rank_depth.py")
+    cells, rest = set(), []
+    for run in study.runs:
+        config = run.configuration(0)
+        model, whole = dict(config.model), config.to_dict()
+        depth, identity, centered = (model.pop(key) for key in ("depth", "identity", "centered"))
+        cells.add(run.name)
+        preset = model.pop("arithmetic")
+        assert preset == "adder" or not centered
+        name = "centered" if centered else preset
+        assert run.name == f"{depth}-{name}-{'I' if identity else 'none'}"
+        rest.append({**whole, "model": model})
+    assert len(cells) == 12 and all(other == rest[0] for other in rest)
+    assert len(study.comparisons) == 12
+
+
 def test_the_temperature_control():
     """Within a row the similarities of l1 and dotcool, and of l1hot and dot, vary alike."""
     random = np.random.default_rng(0)
