@@ -3,6 +3,7 @@
 python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py
 python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py --convention full --json
 python -m adderflax.energy --config configs/digits_adder_vit.py --config.model.similarity=dot
+python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py --table int8_int32_7nm
 python -m adderflax.energy weights/cifar10_adder_vit
 """
 
@@ -86,10 +87,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "The tables show both; this is the one of --json and of the last line (default paper)",
     )
     parser.add_argument(
-        "--table", choices=TABLES, help="unit energies (default fp32; of an export, exported)"
+        "--table",
+        choices=TABLES,
+        help="unit energies, at 45 nm but for _7nm (default fp32; of an export, exported)",
     )
-    levels = tuple(TABLES["fp32"].memory)
-    parser.add_argument("--memory", choices=levels, default=MEMORY_DEFAULT, help="memory that `full` prices")
+    levels = tuple(dict.fromkeys(level for table in TABLES.values() for level in table.memory))
+    parser.add_argument(
+        "--memory",
+        choices=levels,
+        default=MEMORY_DEFAULT,
+        help=f"memory that `full` prices (default {MEMORY_DEFAULT}; hbm2 at 7 nm only)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and no tables")
     parser.add_argument("--plot", metavar="FILE", help="draw stacked bars, such as energy.png")
     arguments, overrides = parser.parse_known_args(argv)

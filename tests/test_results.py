@@ -123,6 +123,27 @@ def test_ratios_of_other_machines():
     assert f"{ours} in `full` with `--table int8_int32`, and {small} for CIFAR-10's model" in page
 
 
+@jax.numpy_dtype_promotion("standard")
+def test_ratios_at_7_nm():
+    columns = [("fp32", "paper"), ("fp32", "full"), ("traced", "paper")]
+    columns += [("int8_int32", "paper"), ("int8_int32", "full")]
+    (section,) = re.findall(r"^\| DeiT, ratio at 45 nm.*?\n\n", CLAIMS, flags=re.MULTILINE | re.DOTALL)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.strip().splitlines()[2:]]
+    tables, *told = rows
+    assert tables[1:] == [f"`{table}`, `{table}_7nm`" for table, _ in columns]
+    for size, (label, *cells) in zip(("ti", "s", "b"), told, strict=True):
+        assert label == size.title()
+        model = configured_model(load_config(f"configs/imagenet_adder_deit_{size}.py", []))
+        ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
+        for cell, (table, convention) in zip(cells, columns, strict=True):
+            reports = (compare(*ledgers, TABLES[name], "sram_1mb") for name in (table, f"{table}_7nm"))
+            found = [[total.total for total in report.total(convention)] for report in reports]
+            assert cell == ", ".join(f"{twin / ours:.2f}" for ours, twin in found), (size, table, convention)
+    for column, what in ((0, "{} to {} at 7 nm)"), (2, "bfloat16 at 7 nm ({} to {})")):
+        seven = [cells[column].split(", ")[1] for _, *cells in told]
+        assert what.format(min(seven), max(seven)) in CLAIMS
+
+
 def test_indices_of_random_maps(capsys):
     (snippet,) = re.findall(r"^```python\n(.*?)^```", CLAIMS, flags=re.MULTILINE | re.DOTALL)
     with jax.numpy_rank_promotion("allow"):

@@ -1,17 +1,25 @@
 """Energies of operations, and the two conventions by which a ledger is priced.
 
-The figures are those of Horowitz, "Computing's energy problem (and what we can do about it)",
-ISSCC 2014, figure 1.1.9: 45 nm, 0.9 V, in picojoules.
+Tables whose names end in `_7nm` have the figures of Jouppi et al., "Ten lessons from three
+generations shaped Google's TPUv4i", ISCA 2021, table 2; the others those of Horowitz, "Computing's
+energy problem (and what we can do about it)", ISSCC 2014, figure 1.1.9: 45 nm, 0.9 V, which
+published comparisons of adder networks use. In picojoules:
 
-| | int8 | int32 | fp16 | fp32 |
-|---|---|---|---|---|
-| add | 0.03 | 0.1 | 0.4 | 0.9 |
-| multiply | 0.2 | 3.1 | 1.1 | 3.7 |
+| | int8 | int32 | bf16 | fp16 | fp32 |
+|---|---|---|---|---|---|
+| add, 45 nm | 0.03 | 0.1 | as fp16 | 0.4 | 0.9 |
+| multiply, 45 nm | 0.2 | 3.1 | as fp16 | 1.1 | 3.7 |
+| add, 7 nm | 0.007 | 0.03 | 0.11 | 0.16 | 0.38 |
+| multiply, 7 nm | 0.07 | 1.48 | 0.21 | 0.34 | 1.31 |
 
-Memory, 64 bits at a time: a cache of 8 KB 10, of 32 KB 20, of 1 MB 100, DRAM 1300 to 2600
-(the lower figure is used).
+| memory, 64 bits at a time | 8 KB | 32 KB | 1 MB | DRAM | HBM2 |
+|---|---|---|---|---|---|
+| 45 nm | 10 | 20 | 100 | 1300 to 2600 | - |
+| 7 nm | 7.5 | 8.5 | 14 | 1300 | 250 to 450 |
 
-What that source has no figure for is modeled, and matters in the convention "full" only:
+The lower figure of a range is used.
+
+What the sources have no figure for is modeled, and matters in the convention "full" only:
 
 * a comparison, a rounding and a bit operation cost an addition, a bit operation an integer one;
 * the sign bit of a floating-point number is cleared or flipped for nothing, |.| and negation of
@@ -49,10 +57,44 @@ class NumberFormat:
     bytes: int
 
 
-_INT8 = NumberFormat(add=0.03, multiply=0.2, sign=0.03, bytes=1)
-_INT32 = NumberFormat(add=0.1, multiply=3.1, sign=0.1, bytes=4)
-_FLOAT16 = NumberFormat(add=0.4, multiply=1.1, sign=0.0, bytes=2)
-_FLOAT32 = NumberFormat(add=0.9, multiply=3.7, sign=0.0, bytes=4)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Technology:
+    """What a source says: its name, number formats, and picojoules of moving 64 bits."""
+
+    source: str
+    formats: Mapping[str, NumberFormat]
+    memory_64: Mapping[str, float]
+
+
+_45NM = _Technology(
+    source="Horowitz, ISSCC 2014, 45 nm, bfloat16 as fp16",
+    formats={
+        "int8": NumberFormat(add=0.03, multiply=0.2, sign=0.03, bytes=1),
+        "int32": NumberFormat(add=0.1, multiply=3.1, sign=0.1, bytes=4),
+        "float16": NumberFormat(add=0.4, multiply=1.1, sign=0.0, bytes=2),
+        "bfloat16": NumberFormat(add=0.4, multiply=1.1, sign=0.0, bytes=2),
+        "float32": NumberFormat(add=0.9, multiply=3.7, sign=0.0, bytes=4),
+    },
+    memory_64={"none": 0.0, "sram_8kb": 10.0, "sram_32kb": 20.0, "sram_1mb": 100.0, "dram": 1300.0},
+)
+_7NM = _Technology(
+    source="Jouppi et al., ISCA 2021, 7 nm",
+    formats={
+        "int8": NumberFormat(add=0.007, multiply=0.07, sign=0.007, bytes=1),
+        "int32": NumberFormat(add=0.03, multiply=1.48, sign=0.03, bytes=4),
+        "float16": NumberFormat(add=0.16, multiply=0.34, sign=0.0, bytes=2),
+        "bfloat16": NumberFormat(add=0.11, multiply=0.21, sign=0.0, bytes=2),
+        "float32": NumberFormat(add=0.38, multiply=1.31, sign=0.0, bytes=4),
+    },
+    memory_64={
+        "none": 0.0,
+        "sram_8kb": 7.5,
+        "sram_32kb": 8.5,
+        "sram_1mb": 14.0,
+        "dram": 1300.0,
+        "hbm2": 250.0,
+    },
+)
 
 # (multiplications, additions). A division: an 8-bit estimate of the reciprocal, two Newton steps
 # x + x (1 - d x), the product and one correction of it. A square root: an 8-bit estimate of its
@@ -130,51 +172,43 @@ class EnergyTable:
         return self.formats[name]
 
 
-def _horowitz(name: str, products: str | None, elsewhere: str | None, note: str, sums=None, adders=None):
-    return EnergyTable(
-        name=name,
-        source=f"Horowitz, ISSCC 2014, 45 nm; {note}",
-        formats={
-            "int8": _INT8,
-            "int32": _INT32,
-            "float16": _FLOAT16,
-            "bfloat16": _FLOAT16,
-            "float32": _FLOAT32,
-        },
-        products=products,
-        sums=sums,
-        adders=adders,
-        elsewhere=elsewhere,
-        memory={
-            "none": 0.0,
-            "sram_8kb": 10.0 / 8,
-            "sram_32kb": 20.0 / 8,
-            "sram_1mb": 100.0 / 8,
-            "dram": 1300.0 / 8,
-        },
-    )
+def _tables(name: str, products: str | None, elsewhere: str | None, note: str, sums=None, adders=None):
+    """The same assumptions priced in each technology."""
+    return [
+        EnergyTable(
+            name=name + suffix,
+            source=f"{technology.source}; {note}",
+            formats=technology.formats,
+            products=products,
+            sums=sums,
+            adders=adders,
+            elsewhere=elsewhere,
+            memory={level: value / 8 for level, value in technology.memory_64.items()},
+        )
+        for suffix, technology in (("", _45NM), ("_7nm", _7NM))
+    ]
 
 
 TABLES: Mapping[str, EnergyTable] = {
     table.name: table
     for table in (
-        _horowitz("fp32", "float32", "float32", "everything in fp32"),
-        _horowitz("fp16", "float16", "float16", "everything in fp16, sums included"),
-        _horowitz(
+        *_tables("fp32", "float32", "float32", "everything in fp32"),
+        *_tables("fp16", "float16", "float16", "everything in fp16, sums included"),
+        *_tables(
             "int8",
             "int8",
             "float32",
             "products and adder operators in int8 with sums in int8 too, as published "
             "comparisons have it, the rest in fp32",
         ),
-        _horowitz(
+        *_tables(
             "int8_int32",
             "int8",
             "float32",
             "products and adder operators in int8 with sums in int32, the rest in fp32",
             sums="int32",
         ),
-        _horowitz(
+        *_tables(
             "exported",
             "float32",
             "float32",
@@ -183,12 +217,11 @@ TABLES: Mapping[str, EnergyTable] = {
             "rounding to int8 is not counted",
             adders=("int8", "int32"),
         ),
-        _horowitz(
+        *_tables(
             "traced",
             None,
             None,
-            "each number in the format in which the program has it, bfloat16 as fp16; products and adder "
-            "operators sum in fp32",
+            "each number in the format in which the program has it; products and adder operators sum in fp32",
         ),
     )
 }
@@ -250,7 +283,9 @@ def energy(
             raise ValueError(f"table={table!r} is not known; {_choices(TABLES)}.")
         table = TABLES[table]
     if memory not in table.memory:
-        raise ValueError(f"memory={memory!r} is not known; {_choices(table.memory)}.")
+        raise ValueError(
+            f"memory={memory!r} is not known to the energy table {table.name!r}; {_choices(table.memory)}."
+        )
     full = convention == "full"
     picojoules: Counter[str] = Counter()
     moved = 0

@@ -171,6 +171,12 @@ def test_the_count_does_not_depend_on_the_implementation():
         ("int8_int32", 0.3, 0.13, 0.16),
         ("exported", 4.6, 0.13, 0.16),
         ("traced", 4.6, 1.8, 1.8),
+        ("fp32_7nm", 1.69, 0.76, 0.76),
+        ("fp16_7nm", 0.5, 0.32, 0.32),
+        ("int8_7nm", 0.077, 0.014, 0.021),
+        ("int8_int32_7nm", 0.1, 0.037, 0.044),
+        ("exported_7nm", 1.69, 0.037, 0.044),
+        ("traced_7nm", 1.69, 0.76, 0.76),
     ],
 )
 def test_unit_energies(table, mac, term, full_term):
@@ -189,6 +195,18 @@ def test_half_precision_sums_in_fp32_in_adders_and_products_alike():
     assert energy(product, "paper", "traced").total == pytest.approx((1.1 + 0.9) * 1e-6)
     assert energy(adder, "paper", "traced").total == pytest.approx((0.4 + 0.9) * 1e-6)
     assert energy(adder, "paper", "int8_int32").total == pytest.approx((0.03 + 0.1) * 1e-6)
+    assert energy(product, "paper", "traced_7nm").total == pytest.approx((0.21 + 0.38) * 1e-6)
+    assert energy(adder, "paper", "traced_7nm").total == pytest.approx((0.11 + 0.38) * 1e-6)
+
+
+def test_every_table_has_both_technologies():
+    assert {name.removesuffix("_7nm") for name in TABLES} == {f for f in TABLES if not f.endswith("_7nm")}
+    for name, table in TABLES.items():
+        other = TABLES.get(f"{name}_7nm")
+        if other is not None:
+            same = ("products", "sums", "adders", "elsewhere")
+            assert [getattr(table, field) for field in same] == [getattr(other, field) for field in same]
+            assert "45 nm" in table.source and "7 nm" in other.source
 
 
 def test_the_table_of_what_is_exported():
@@ -253,6 +271,10 @@ def test_full_prices_everything_else_and_memory():
     assert full.operations == pytest.approx({"exponential": software * 1e-6, "multiply": 3.7e-6})
     # The exponential reads and writes 4 KB, the product reads 8 KB and writes 4.
     assert full.memory == pytest.approx(20000 * 1300 / 8 * 1e-9)
+    assert energy(ledger, "full", "fp32_7nm", "hbm2").memory == pytest.approx(20000 * 250 / 8 * 1e-9)
+    assert energy(ledger, "full", "fp32_7nm").memory == pytest.approx(20000 * 14 / 8 * 1e-9)
+    with pytest.raises(ValueError, match="memory='hbm2' is not known to the energy table 'fp32'; .*'dram'"):
+        energy(ledger, "full", memory="hbm2")
 
 
 def test_products_move_fewer_bytes_in_int8():
@@ -303,7 +325,7 @@ def test_a_table_of_ones_own():
     [
         ({"convention": "mac"}, "convention='mac' is not known; choose one of 'paper', 'full'"),
         ({"table": "fp64"}, "table='fp64' is not known; choose one of 'fp32'"),
-        ({"memory": "tape"}, "memory='tape' is not known; choose one of 'none'"),
+        ({"memory": "tape"}, "memory='tape' is not known to the energy table 'fp32'; choose one of 'none'"),
     ],
 )
 def test_unknown_names(arguments, message):
