@@ -15,7 +15,7 @@ A value is its integer times 2^exponent of its operation. With `integer_only`, b
     integer_only.py              the model in NumPy alone, which checks itself (integer_only_reference.py)
     integer_only.json            the model's description, and units of all values
     integer_only.npz             all weights and tables, in integers
-    integer_only_vectors.npz     images uint8, and what every step gives for them (`IntegerOnly.trace`)
+    integer_only_vectors.npz     inputs, and what every step gives for them
 """
 
 import contextlib
@@ -34,8 +34,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from adderflax.analysis.integer_only import INTEGER_ONLY_FORMAT, computing_fast, integer_only_model
-from adderflax.analysis.integer_only_reference import IntegerOnly
+from adderflax.analysis.integer_only import (
+    INTEGER_ONLY_FORMAT,
+    at_the_limits,
+    computing_fast,
+    integer_only_model,
+)
+from adderflax.analysis.integer_only_reference import LIMITS, IntegerOnly
 from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize, width
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
 from adderflax.encoder import EncoderConfig
@@ -184,7 +189,10 @@ def write_integer_only(directory: Path, whole: IntegerOnly, images: np.ndarray) 
       images: uint8 [B, H, W, C] that are traced.
     """
     np.savez_compressed(directory / f"{_INTEGER_ONLY}.npz", **whole.arrays)
-    np.savez_compressed(directory / f"{_INTEGER_ONLY}_vectors.npz", images=images, **whole.trace(images))
+    limits = at_the_limits(whole)
+    vectors = {"images": images} | {LIMITS + name: inputs for name, inputs in limits.items()}
+    vectors |= whole.trace(images) | whole.trace_limits(**limits)
+    np.savez_compressed(directory / f"{_INTEGER_ONLY}_vectors.npz", **vectors)
     for source, kind in (("integer_only_format.md", "md"), ("integer_only_reference.py", "py")):
         shutil.copyfile(Path(__file__).with_name(source), directory / f"{_INTEGER_ONLY}.{kind}")
     (directory / f"{_INTEGER_ONLY}.json").write_text(json.dumps(whole.described, indent=1) + "\n")

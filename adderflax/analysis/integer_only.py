@@ -22,6 +22,7 @@ from flax import traverse_util
 from adderflax.analysis.grids import best_exponent, on_grid
 from adderflax.analysis.integer_only_reference import (
     ONE,
+    PLACES,
     ROOT,
     SOFTMAX,
     TABLE,
@@ -80,6 +81,31 @@ def integer_only_model(integers: IntegerModel, images_BxHxWxC: np.ndarray, info:
 def computing_fast(described: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> IntegerOnly:
     """The model of these files with exact operators that are faster than NumPy's loops."""
     return IntegerOnly(described, arrays, _distances, _matmul)
+
+
+def at_the_limits(whole: IntegerOnly) -> dict[str, np.ndarray]:
+    """Inputs of `IntegerOnly.trace_limits` that clip and round as those of ordinary images do not.
+
+    Streams int16 [6, T, D]: nothing but zeros; the largest value everywhere; the least; a feature of each
+    token the largest and all others 0; both in turn over features and tokens; noise over the whole range.
+    Falls int64 [n] and values entered int32 [n]: halves that are rounded, and both sides of each end.
+    """
+    T, D = whole.arrays["position_embedding"].shape[-2:]
+    lowest, highest = -(2 ** (WIDE - 1)), 2 ** (WIDE - 1) - 1
+    token, feature = np.ogrid[:T, :D]
+    turns = np.where((token + feature) % 2, highest, lowest)
+    noise = np.random.default_rng(0).integers(lowest, highest, (T, D), endpoint=True)
+    streams = [0, highest, lowest, np.where(feature == token % D, highest, 0), turns, noise]
+    step = np.int64(1) << max(whole.described["attentions"]["block_0/attention"]["shift"] - 1, 0)
+    powers = (2 << SOFTMAX) * np.array([1, ONE, ONE + 1, ONE + 2, 31, 32, 33, 64, 1000])
+    falls = np.concatenate([np.arange(9), powers - 1, powers]) * step
+    end = 1 << TABLE - 1 + PLACES
+    around = np.arange(-(2**PLACES), 2**PLACES + 1)
+    return {
+        "tokens": np.stack([np.broadcast_to(np.int16(stream), (T, D)) for stream in streams]),
+        "falls": np.concatenate([falls, falls[1:] - 1]),
+        "entered": np.int32(np.concatenate([around - end, around, around + end, [-4 * end, 4 * end]])),
+    }
 
 
 _sums = jax.jit(adder_matmul)

@@ -5,7 +5,7 @@
 `python -m adderflax.export --integer_only` puts this file into the directory that it writes, as
 integer_only.py, beside reference.py, from which it takes the sums: it says in code what integer_only.md
 there says in words. No value is a float, so every machine computes the same bits. The command computes the
-recorded images again and compares each recorded value, down to the logits.
+recorded inputs again and compares each recorded value, down to the logits.
 """
 
 import json
@@ -30,6 +30,8 @@ SOFTMAX = 8  # binary places of an exponent of 2
 ONE = 15  # log2 of the exponential of 0
 SHARE = 15  # bits, without the first, of a reciprocal of a row's sum of exponentials
 ATTENDED = 8  # further binary places of what attention gives
+LIMITS = "limits/"  # before the names of what is recorded of inputs that no image gives
+PLACES = 5  # binary places below a table's unit of what is looked up for the record
 
 
 class Fixed(NamedTuple):
@@ -70,12 +72,33 @@ class IntegerOnly:
 
     def trace(self, images_BxHxWxC: np.ndarray) -> dict[str, np.ndarray]:
         """The integers, int32, that every step gives, by the names of integer_only.md; images as `logits`."""
+        return self._traced(lambda: self.logits(images_BxHxWxC))
+
+    def trace_limits(
+        self, tokens: np.ndarray, falls: np.ndarray, entered: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What integer_only.md records of inputs that no image gives, with `LIMITS` before each name.
+
+        Args:
+          tokens: streams [B, T, D] in place of `embedded`.
+          falls: [n], of scores below the largest, for the softmax of block 0.
+          entered: [n], values for the GELU's table of block 0, `PLACES` binary places below its unit.
+        """
+        stream = Fixed(np.int64(tokens), self.described["stream"]["exponent"])
+        found = self._traced(lambda: self._classified(stream))
+        shift, gelu = self.described["attentions"]["block_0/attention"]["shift"], "block_0/mlp/gelu"
+        x = Fixed(np.int64(entered), self.described["tables"][gelu]["input"] - PLACES)
+        found["exponentials"] = two_to_the(np.int64(falls), shift, self._arrays["exponentials"])
+        found["looked_up"] = self._looked_up(x, gelu).integers
+        return {LIMITS + name: np.int32(integers) for name, integers in found.items()}
+
+    def _traced(self, run: Callable[[], Any]) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         self._record = lambda name, integers: found.update(
             {name: integers.astype(np.int32, casting="same_kind")}
         )
         try:
-            self.logits(images_BxHxWxC)
+            run()
         finally:
             self._record = _forget
         return found
@@ -97,7 +120,12 @@ class IntegerOnly:
         if model["pooling"] == "token":
             token = np.broadcast_to(self._arrays["class_token"], (len(images), 1, tokens.integers.shape[2]))
             tokens = tokens._replace(integers=np.concatenate([token, tokens.integers], axis=1))
-        x = self._stream("embedded", tokens, Fixed(self._arrays["position_embedding"], tokens.exponent))
+        positions = Fixed(self._arrays["position_embedding"], tokens.exponent)
+        return self._classified(self._stream("embedded", tokens, positions))
+
+    def _classified(self, x: Fixed) -> Fixed:
+        """The logits of a stream [B, T, D]."""
+        model = self.described["model"]
         for index in range(model["depth"]):
             block = f"block_{index}"
             h = self._attention(self._norm(x, f"{block}/attention_norm"), f"{block}/attention")
@@ -292,7 +320,9 @@ def main(directory: str | Path) -> int:
     directory = Path(directory)
     described = json.loads((directory / "integer_only.json").read_text())
     arrays, vectors = (dict(np.load(directory / f"integer_only{n}.npz")) for n in ("", "_vectors"))
-    found = IntegerOnly(described, arrays).trace(vectors.pop("images"))
+    model = IntegerOnly(described, arrays)
+    limits = (vectors.pop(LIMITS + name) for name in ("tokens", "falls", "entered"))
+    found = model.trace(vectors.pop("images")) | model.trace_limits(*limits)
     wrong = [name for name in vectors if not np.array_equal(found.get(name), vectors[name])]
     print(
         f"{len(vectors) - len(wrong)} of {len(vectors)} values are the recorded ones"

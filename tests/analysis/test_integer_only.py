@@ -18,7 +18,7 @@ from integer_models import SMALL, model_of, trained
 from adderflax import export
 from adderflax.analysis import integer_only_reference as reference
 from adderflax.analysis.integer_files import export_workdir, load_integer_only, write_integer_only
-from adderflax.analysis.integer_only import integer_only_model
+from adderflax.analysis.integer_only import at_the_limits, integer_only_model
 from adderflax.analysis.integers import quantize
 from adderflax.data import DataConfig, load_dataset, normalize_batch
 from adderflax.models import AdderResNet, AdderResNetConfig
@@ -239,6 +239,53 @@ def test_exponentials():
     assert reference.two_to_the(np.array([0, 2**62]), 6, table).tolist() == [2**15, 0]
 
 
+def test_numpy_has_every_bit_at_the_limits(models):
+    _, whole, _ = models
+    limits = at_the_limits(whole)
+    fast = whole.trace_limits(**limits)
+    slow = reference.IntegerOnly(whole.described, whole.arrays).trace_limits(**limits)
+    assert fast.keys() == slow.keys() > {"limits/block_0", "limits/exponentials", "limits/looked_up"}
+    for name, integers in slow.items():
+        np.testing.assert_array_equal(fast[name], integers, err_msg=name)
+    # What is recorded has 32 bits.
+    largest = {}
+    whole._record = lambda name, integers: largest.update({name: np.abs(integers).max()})
+    stream = reference.Fixed(np.int64(limits["tokens"]), whole.described["stream"]["exponent"])
+    whole._classified(stream)
+    whole._record = reference._forget
+    assert 2**15 in largest.values() and max(largest.values()) < 2**31
+
+
+WRONG = {
+    "a stream that wraps": ("clipped", lambda x, bits: x if bits == 16 else _clipped(x, bits)),
+    "bytes that wrap": ("clipped", lambda x, bits: np.int8(x) if bits == 8 else _clipped(x, bits)),
+    "a table that wraps": (
+        "clipped",
+        lambda x, bits: (x + 1024) % 2048 - 1024 if bits == 11 else _clipped(x, bits),
+    ),
+    "ends that differ by their sign": ("clipped", lambda x, bits: np.maximum(_clipped(x, bits), 1 - 2**15)),
+    "a softmax of 15 powers": ("two_to_the", lambda x, shift, table: _exponentials(x, shift, table, 15)),
+    "shifts that wrap": ("two_to_the", lambda x, shift, table: _exponentials(x % 2**17, shift, table, 16)),
+}
+_clipped = reference.clipped
+
+
+def _exponentials(falls, shift, table, most):
+    exponents = reference.shifted(falls, shift)
+    return table[exponents & 255] >> np.minimum(exponents >> 8, most)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_limits_tell_what_images_do_not(wrong, monkeypatch):
+    """Mistakes that the record of an ordinary image may not show."""
+    _, whole, _ = made(**STEM)
+    limits = at_the_limits(whole)
+    right = whole.trace_limits(**limits)
+    monkeypatch.setattr(reference, *WRONG[wrong])
+    found = whole.trace_limits(**limits)
+    assert not all(np.array_equal(found[name], integers) for name, integers in right.items())
+
+
 @pytest.mark.parametrize(
     "images",
     [
@@ -305,7 +352,7 @@ def test_files(workdir, tmp_path, capsys):
     checks = [sys.executable, "-E", "-c", code, str(directory / "integer_only.py")]
     checked = subprocess.run(checks, capture_output=True, text=True, cwd="/")
     assert checked.returncode == 0, checked.stderr
-    count = len(vectors) - 1
+    count = len(vectors) - 4  # inputs
     assert checked.stdout == f"{count} of {count} values are the recorded ones\n"
     shutil.copytree(directory, tmp_path / "wrong")
     vectors["block_0/mlp/fc1"][0, 0, 0] += 1
