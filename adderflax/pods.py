@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         lines.write(json.dumps(row) + "\n")
                 rows.append(row | {"config": " ".join([Path(file).stem, *overrides])})
         page = pods.as_page(rows, " ".join(["python -m adderflax.pods", *argv]))
-        arguments.output.write_text(page)
+        arguments.output.write_text(page, encoding="utf-8")
     except (ConfigError, OSError, concurrent.futures.BrokenExecutor) as error:
         sys.exit(f"error: {error}")
     print(pods.as_table(rows))

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "adderflax"
 LAYERS = {
     "operators": 1,
     "extras": 1,
+    "files": 1,
     "pipes": 1,
     "fields": 2,
     "layers": 2,

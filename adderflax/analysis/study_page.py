@@ -61,7 +61,7 @@ def write_page(study: Study, results: Path, file: str) -> Path:
         page += ["## Differences, seed by seed", _comparison_table(study, finished)]
     page += ["## Pictures", *_pictures(results, finished, measured)]
     target = results.with_suffix(".md")
-    target.write_text("\n\n".join(filter(None, page)) + "\n")
+    target.write_text("\n\n".join(filter(None, page)) + "\n", encoding="utf-8")
     return target
 
 

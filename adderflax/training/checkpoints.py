@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
     raise extras.missing(error) from None
 
 from adderflax.training.manifest import find_damage, write_manifest
-from adderflax.training.workdir import WorkdirError
+from adderflax.training.workdir import WorkdirError, first_line
 
 # The figure that ranks checkpoints; larger is better.
 BEST_METRIC = "validation_accuracy"
@@ -157,16 +157,21 @@ class Checkpointer:
         than the field.
 
         Raises:
-          WorkdirError: the checkpoint is of another model, or damaged.
+          WorkdirError: the checkpoint is of another model, damaged, or removed meanwhile.
         """
         step = self.latest_step if step is None else step
         fields = dict(vars(state) if dataclasses.is_dataclass(state) else state)
-        saved = ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
-        wanted = {name: value for name, value in fields.items() if value is not None or name in saved}
         try:
+            saved = ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
+            wanted = {name: value for name, value in fields.items() if value is not None or name in saved}
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             )
+        except FileNotFoundError as error:
+            raise WorkdirError(
+                f"Checkpoint {step} of {self._directory} is not whole any more: the run that goes on there"
+                " has removed it, and the same command again takes a newer one."
+            ) from error
         except (KeyError, TypeError, ValueError) as error:
             raise WorkdirError(
                 f"Checkpoint {step} of {self._directory} does not fit the model that config.json and"
@@ -195,9 +200,7 @@ class Checkpointer:
             failed, self._saving = self._saving, None
             self._figures.pop(failed, None)
             kept = f"checkpoint {self.latest_step} is intact" if self._figures else "none was saved before"
-            # Some errors, such as a failed assertion, have no text.
-            text = str(error).strip() or type(error).__name__
-            reason = "the disk is full" if "No space left" in text else text.splitlines()[0]
+            reason = "the disk is full" if "No space left" in str(error) else first_line(error)
             raise WorkdirError(
                 f"Checkpoint {failed} could not be written to {self._directory}: {reason}. The run stops;"
                 f" {kept}. Make room or mend the disk; the same command goes on from there."
@@ -216,6 +219,7 @@ class Checkpointer:
         """Checks every checkpoint, reports the damaged ones and, for writing, sets them aside."""
         entries = self._directory.iterdir() if self._directory.is_dir() else ()
         steps = sorted((int(entry.name) for entry in entries if entry.name.isdigit()), reverse=True)
+        steps = _of_first_process(steps)
         damages = self._find_damages(steps)
         told = "; ".join(f"checkpoint {step} ({damage})" for step, damage in damages.items())
         if steps and len(damages) == len(steps):
@@ -234,7 +238,9 @@ class Checkpointer:
             self._empty_removed()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("adderflax_checkpoints_checked")
-        return [step for step in steps if step not in damages]
+        # What is gone by now was removed by the run that goes on while this process reads.
+        there = [step for step in steps if (self._directory / str(step)).is_dir()]
+        return [step for step in _of_first_process(there) if step not in damages]
 
     def _find_damages(self, steps: list[int]) -> dict[int, str]:
         """The damaged ones among the checkpoints: every process hears what the first one found."""
@@ -242,14 +248,9 @@ class Checkpointer:
         if jax.process_index() == 0:
             for step in steps:
                 checkpoint = self._directory / str(step)
-                # One that is gone was removed by the run that goes on while this process reads.
                 if (damage := find_damage(checkpoint)) and checkpoint.is_dir():
                     damages[step] = damage
-        if jax.process_count() > 1:
-            damaged = np.array([step in damages for step in steps], bool)
-            damaged = multihost_utils.broadcast_one_to_all(damaged)
-            damages = {step: damages.get(step, "") for step, bad in zip(steps, damaged) if bad}
-        return damages
+        return {step: damages.get(step, "") for step in _of_first_process(list(damages))}
 
     def _set_aside(self, step: int) -> Path:
         aside = self._workdir / "damaged"
@@ -260,6 +261,15 @@ class Checkpointer:
     def _empty_removed(self) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
+
+
+def _of_first_process(steps: list[int]) -> list[int]:
+    """What the first process has found: another host may see a shared directory as it was before."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    told = np.int32(steps if jax.process_index() == 0 else [0] * count)
+    return multihost_utils.broadcast_one_to_all(told).tolist() if count else []
 
 
 def _ranking(metrics: dict[str, float]) -> float:

@@ -38,6 +38,9 @@ def initialize(
     Raises:
       DistributedError: nothing tells who the others are, or they do not answer.
     """
+    # It would swallow SIGTERM, also where nobody asks it: while data is prepared, or programs are compiled.
+    # `adderflax.training.preemption` hears signals in the loop, and agrees on the step among the processes.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (IndexError, ValueError, RuntimeError) as error:  # an address without a port: IndexError
@@ -49,6 +52,11 @@ def initialize(
         ) from error
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
+
+
+def of_first_process(found: bool) -> bool:
+    """What the first process has found: another host may see a shared directory as it was before."""
+    return found if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
 
 
 def first_process_first(action: Callable[[], _Result], name: str) -> _Result:
@@ -75,7 +83,7 @@ def first_process_first(action: Callable[[], _Result], name: str) -> _Result:
     # By the coordinator and not by a collective, which would hold the devices and give up sooner.
     wait = ocp.multihost.get_barrier_sync_fn()
     wait(key=f"adderflax_{name}", timeout_ms=_PATIENCE_HOURS * 3_600_000)
-    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failure is not None)))
+    failed = of_first_process(failure is not None)
     if failure is not None:
         raise failure
     if failed:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 import adderflax
+from adderflax.files import write_whole
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -30,16 +31,14 @@ def record_start(workdir: str | Path, step: int) -> None:
     file = Path(workdir) / "environment.json"
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entries = [*read_starts(workdir), {"started": started, "step": step} | describe()]
-    scratch = file.with_suffix(".json.tmp")
-    scratch.write_text(json.dumps(entries, indent=1) + "\n")
-    scratch.replace(file)
+    write_whole(file, json.dumps(entries, indent=1) + "\n")
 
 
 def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
     """What `record_start` wrote, in order; empty where there is nothing or nothing legible."""
     try:
         return json.loads((Path(workdir) / "environment.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         # A description of the past is never worth stopping a run for.
         return []
 

@@ -10,6 +10,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from adderflax.files import write_whole
+
 
 class MetricsWriter:
     """Appends to ``workdir/metrics.jsonl`` and ``workdir/tensorboard``; a context manager.
@@ -33,9 +35,7 @@ class MetricsWriter:
             return
         self._path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        scratch = self._path.with_suffix(".jsonl.tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        scratch.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", buffering=1)
         directory = Path(workdir) / "tensorboard"
         directory.mkdir(exist_ok=True)
@@ -71,9 +71,9 @@ def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().splitlines():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return lines

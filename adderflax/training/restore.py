@@ -4,6 +4,7 @@ A workdir may hold one small file of weights in place of checkpoints, so that a 
 away: ``weights.npz`` beside ``config.json`` and ``dataset.json``.
 """
 
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from adderflax.data import DatasetInfo
+from adderflax.files import write_whole
 from adderflax.models.classifier import abstract_variables
 from adderflax.models.families import build_model
 from adderflax.operators import available_implementations
@@ -61,6 +63,14 @@ def config_here(workdir: str | Path) -> dict[str, Any]:
 def data_from(config: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
     """A run's whole configuration with its data sets in `data_dir`; as it is where that is None."""
     return config if data_dir is None else config | {"data": config["data"] | {"data_dir": data_dir}}
+
+
+def finished_summary(workdir: str | Path, run: RunConfig) -> dict[str, Any] | None:
+    """The summary in a directory if it is that of all steps of `run`, whose data set is not needed."""
+    workdir = Path(workdir)
+    if not all((workdir / name).exists() for name in ("summary.json", "dataset.json")):
+        return None
+    return workdir_lib.read_summary(workdir, steps=run.num_steps(workdir_lib.read_info(workdir)))
 
 
 def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, dict[str, Any], DatasetInfo]:
@@ -133,7 +143,9 @@ def write_weights(workdir: str | Path, file: str | Path, *, best: bool = False) 
     if wide := [name for name in narrow if np.abs(arrays[name]).max(initial=0.0) > largest]:
         raise ValueError(f"{', '.join(wide)} of {workdir} exceed {largest:.0f}, the largest float16.")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **arrays | {name: arrays[name].astype(np.float16) for name in narrow})
+    archive = io.BytesIO()
+    np.savez(archive, **arrays | {name: arrays[name].astype(np.float16) for name in narrow})
+    write_whole(Path(file), archive.getvalue())
 
 
 def unflatten_variables(arrays: Mapping[str, jax.Array], model: nn.Module, file: Path) -> dict[str, Any]:

@@ -7,20 +7,22 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import traverse_util
 
 from adderflax.data import DatasetInfo
+from adderflax.files import write_whole
 
 # The description of an integer model: a directory that has it is no run's (`adderflax.export` writes it).
 INTEGERS = "integers.json"
 # What may differ between the run that began a workdir and the one that goes on in it: where the data lies,
 # how fast it is read, how often figures are written, how much divergence is borne (up to where the run stands
 # none was beyond that). Everything else changes what is computed.
-_FREE_FIELDS = {
+FREE_FIELDS = {
     "data.data_dir",
     "data.workers",
     "data.cache",
@@ -168,6 +170,11 @@ def open_workdir(
             " Choose another directory with --workdir; to go on from that model name it as"
             " --config.warm_start.source."
         )
+    if not begun and (path / "summary.json").exists():
+        raise WorkdirError(
+            f"{path} holds the figures of a run that has ended, and no checkpoint of it: a run there would"
+            " replace them. Choose another directory with --workdir, or delete that one."
+        )
     if holds_integers(path):
         raise WorkdirError(
             f"{path} holds a model that was exported as integers, {INTEGERS}, to which a run there would not"
@@ -220,6 +227,33 @@ def read_info(workdir: str | Path) -> DatasetInfo:
         raise _unreadable(Path(workdir) / "dataset.json", error) from error
 
 
+def differing_info(there: DatasetInfo, now: DatasetInfo, names: Iterable[str]) -> list[str]:
+    """Which of these fields of two descriptions differ; means and deviations by more than rounding."""
+
+    def same(name):
+        old, new = getattr(there, name), getattr(now, name)
+        return np.allclose(old, new, rtol=1e-5) if name in ("mean", "std") else np.array_equal(old, new)
+
+    return [name for name in names if not same(name)]
+
+
+def require_same_data(workdir: str | Path, info: DatasetInfo) -> None:
+    """Raises WorkdirError if the workdir's run has learned from another data set than `info` describes."""
+    if not (Path(workdir) / "dataset.json").exists():  # lost, and written again by the next training
+        return
+    there = read_info(workdir)
+    names = [field.name for field in dataclasses.fields(info)]
+    if differing := differing_info(there, info, names):
+        told = "; ".join(
+            f"{name} ({getattr(there, name)!r} there, {getattr(info, name)!r} now)" for name in differing
+        )
+        raise WorkdirError(
+            f"The run in {Path(workdir).absolute()} has learned from another data set than {info.name!r} is"
+            f" here today: {told}. Put back the data, give its directory as data.data_dir, or choose another"
+            " directory with --workdir."
+        )
+
+
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
     """Stores the run's final figures in ``summary.json``."""
     _write_json(workdir / "summary.json", summary)
@@ -256,7 +290,7 @@ def require_same(
     """
     path = Path(workdir).absolute()
     new, old = flatten(config), flatten(read_config(workdir))
-    free = _FREE_FIELDS | ({"total_steps", "epochs"} if extend else set())
+    free = FREE_FIELDS | ({"total_steps", "epochs"} if extend else set())
     if "tfrecord" in (old.get("data.backend"), new.get("data.backend")):
         free -= _FREE_UNLESS_TFRECORD
     differing = differing_fields(old, new, flatten(defaults or {}))
@@ -322,10 +356,9 @@ def _unreadable(file: Path, error: Exception) -> WorkdirError:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    scratch = file.with_suffix(".json.tmp")
-    with scratch.open("w") as stream:
-        stream.write(json.dumps(value, indent=2) + "\n")
-        stream.flush()
-        # Else a power failure may leave the new name with nothing in it, on file systems other than ext4.
-        os.fsync(stream.fileno())
-    scratch.replace(file)
+    write_whole(file, json.dumps(value, indent=2) + "\n")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing, as a failed assertion."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import struct
 
 import grain
@@ -13,7 +14,7 @@ from absl import logging
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
-from adderflax.training import divergence, environment, sharding, workdir
+from adderflax.training import checkpoints, divergence, environment, sharding, workdir
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.config import ConfigError
 from adderflax.training.metrics import MetricsWriter, read_metrics
@@ -95,6 +96,55 @@ def test_state_and_iterator_come_back_together(tmp_path):
     assert [int(next(again)) for _ in range(3)] == upcoming
 
 
+def test_a_checkpoint_that_is_removed_meanwhile_is_told(tmp_path, monkeypatch):
+    state = {"w": jnp.arange(3)}
+    with Checkpointer(tmp_path, keep_latest=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, batches(), None)
+    # While the second one is looked at, the run that goes on removes it.
+    looked = checkpoints.find_damage
+
+    def look(checkpoint):
+        if checkpoint.name == "2":
+            shutil.rmtree(checkpoint)
+        return looked(checkpoint)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "find_damage", look)
+        with Checkpointer(tmp_path, read_only=True) as checkpointer:
+            assert checkpointer.latest_step == 1
+            shutil.rmtree(tmp_path / "checkpoints" / "1")
+            with pytest.raises(WorkdirError, match="Checkpoint 1 .* is not whole any more: .* again takes a"):
+                checkpointer.restore_state(state)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_use_the_checkpoints_that_the_first_one_sees(tmp_path, monkeypatch, index):
+    """Another host may not see the newest one yet, or still see one that was removed."""
+    with Checkpointer(tmp_path, keep_latest=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"w": jnp.arange(3)}, batches(), None)
+    told = iter([2, [2, 1], 0, 1, [2]] if index else [])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    shapes = []
+
+    def broadcast(own):
+        shapes.append(np.shape(own))
+        return np.asarray(next(told)) if index else np.asarray(own)
+
+    monkeypatch.setattr(checkpoints.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(checkpoints.multihost_utils, "sync_global_devices", lambda name: None)
+    opened = object.__new__(Checkpointer)
+    opened._workdir, opened._directory = tmp_path, tmp_path / "checkpoints"
+    if index:
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+    found = opened._usable_steps(read_only=True)
+    assert found == ([2] if index else [2, 1])
+    # Of equal shapes in both, or a collective would wait forever.
+    assert shapes == ([(), (2,), (), (), (1,)] if index else [(), (2,), (), (), (2,)])
+
+
 def test_reading_leaves_a_save_in_progress_alone(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"w": jnp.zeros(1)}, batches(), None)
@@ -135,6 +185,23 @@ def events(path):
         found.append((event.step, {value.tag: value.simple_value for value in event.summary.value}))
         content = content[16 + size :]
     return [(step, figures) for step, figures in found if figures]
+
+
+def test_a_byte_that_is_no_text_costs_a_line_at_most(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write(1, loss=2.0)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "x\xff')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    (tmp_path / "environment.json").write_bytes(b"[\xff]")
+    assert environment.read_starts(tmp_path) == []
+    environment.record_start(tmp_path, 1)
+    assert [entry["step"] for entry in environment.read_starts(tmp_path)] == [1]
+
+
+def test_an_error_without_a_word_has_a_name():
+    assert workdir.first_line(AssertionError()) == "AssertionError"
+    assert workdir.first_line(ValueError("one\ntwo")) == "one"
 
 
 def test_figures_are_in_both_files_before_a_kill_can_come(tmp_path):
