@@ -1,7 +1,6 @@
 """Classifies images with a trained workdir: ``python -m adderflax.predict WORKDIR IMAGE...``."""
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -42,17 +41,18 @@ def predict(workdir: str | Path, images: Sequence, *, best: bool = False) -> lis
                 " leave --best out, or give it to python -m adderflax.export."
             )
         integers, info = load_integers(workdir)
-        forward = integers.apply
+        variables, forward = {}, lambda _, images: integers.apply(images)
     else:
         model, variables, info = load_model(workdir, best=best)
-        forward = functools.partial(model.apply, variables)
+        forward = model.apply
 
-    @jax.jit
-    def probabilities(batch):
-        return jax.nn.softmax(forward(normalize_batch(batch, info)))
+    @jax.jit  # weights are an argument: as constants every checkpoint would have a program of its own
+    def probabilities(variables, batch):
+        return jax.nn.softmax(forward(variables, normalize_batch(batch, info)))
 
     # One image at a time compiles one shape, whatever the number of images.
-    rows = [np.asarray(probabilities(preprocess_image(image, info)[None]))[0] for image in images]
+    batches = (preprocess_image(image, info)[None] for image in images)
+    rows = [np.asarray(probabilities(variables, batch))[0] for batch in batches]
     return [{info.class_names[i]: float(row[i]) for i in np.argsort(-row, kind="stable")} for row in rows]
 
 
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             image = Image.open(path)
             image.load()
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it first")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its pixels have 32 bits (mode {image.mode}); convert it first")
             images.append((path, image))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             # What the system says names the file again.
             reason = getattr(error, "strerror", None) or error
             unreadable.append(f"{path} cannot be read as an image: {reason}.")
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if unreadable:
-        sys.exit(f"error: {' '.join(unreadable)} Give files with 8 bits a channel that Pillow opens.")
+        sys.exit(f"error: {' '.join(unreadable)} Give files with 8 or 16 bits a channel that Pillow opens.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""What predict, export and diversity say of a directory that they cannot use."""
+"""What predict, export and diversity say of what they cannot use, and what they compile."""
 
 import re
 import shutil
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
-from adderflax import diversity, export, predict
+from adderflax import VisionTransformer, VisionTransformerConfig, diversity, export, predict
+from adderflax.analysis.diversity import measure
+from adderflax.data import DataConfig, load_dataset
 
 
 def write(name):
@@ -60,3 +65,47 @@ def test_a_file_of_weights_has_no_best_checkpoint(root, monkeypatch, command, ot
         command.main(["weights/cifar10_twin", *others, "--best"])
     told = "error: weights/cifar10_twin holds one model, weights.npz, and no checkpoints .*leave --best out"
     assert re.match(told, ended.value.code)
+
+
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_weights_are_arguments_of_what_is_compiled(monkeypatch, command):
+    """As constants each checkpoint would be a program of its own, and lie in the cache beside its file."""
+    fields = {"embed_dim": 16, "num_heads": 2, "depth": 1, "patch_size": 4, "implementation": "reference"}
+    config = VisionTransformerConfig.from_variant(
+        "digits", image_size=8, channels=1, num_classes=10, **fields
+    )
+    model, image = VisionTransformer(config), np.zeros((8, 8, 1), np.uint8)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    info = load_dataset(DataConfig(name="digits")).info
+    constants, compiled = [], jax.jit
+
+    def watched(function):
+        def call(*arguments):
+            constants.append(sum(np.size(const) for const in jax.make_jaxpr(function)(*arguments).consts))
+            return compiled(function)(*arguments)
+
+        return call
+
+    if command == "predict":
+        monkeypatch.setattr(predict, "load_model", lambda *_, **__: (model, variables, info))
+        monkeypatch.setattr(jax, "jit", watched)
+        predict.predict("run", [image])
+    else:
+        monkeypatch.setattr(jax, "jit", watched)
+        measure(model, variables, image[None], info)
+    assert constants and max(constants) < 100
+
+
+def test_images_that_cannot_be_taken_are_named_and_the_others_classified(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "predict", lambda workdir, images, best: [{"a": 1.0} for _ in images])
+    gray = np.full((9, 9), 40_000, np.uint16)
+    Image.fromarray(gray).save(tmp_path / "deep.png")
+    Image.fromarray(np.float32(gray)).save(tmp_path / "real.tiff")
+    Image.new("L", (300, 300)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    with pytest.raises(SystemExit) as ended:
+        predict.main(["run", *(str(tmp_path / name) for name in ("deep.png", "real.tiff", "large.png"))])
+    # 16 bits say what their brightest value is, and are brought to 8.
+    assert capsys.readouterr().out == f"{tmp_path / 'deep.png'}: a 1.0000\n"
+    assert "real.tiff cannot be read as an image: its pixels have 32 bits (mode F)" in ended.value.code
+    assert re.search("large.png cannot be read as an image: Image size .* exceeds limit", ended.value.code)

@@ -213,11 +213,11 @@ def measure(
     """
 
     @jax.jit
-    def capture(image):
+    def capture(variables, image):
         _, captured = model.apply(variables, normalize_batch(image[None], info), mutable=["intermediates"])
         return captured.get("intermediates", {})
 
-    sown = traverse_util.flatten_dict(jax.eval_shape(capture, images[0]))
+    sown = traverse_util.flatten_dict(jax.eval_shape(capture, variables, images[0]))
     if not any(path[-1] == "attention_weights" for path in sown):
         return None
     identity = bool(model.config.identity)
@@ -225,7 +225,7 @@ def measure(
     rows = []
     # One image at a time: the maps of many images of a large model would not fit into memory.
     for image in images:
-        maps, features = _sown(jax.device_get(capture(image)))
+        maps, features = _sown(jax.device_get(capture(variables, image)))
         # float32 keeps the identity's ones exactly and rounds what is beside them by 6e-8 at most.
         softmax = maps.astype(np.float64) - identity * np.eye(maps.shape[-1])
         rows.append(

@@ -16,7 +16,7 @@ import os
 import re
 import runpy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,10 @@ from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigDict, ConfigError, RunConfig, default_config
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
-from adderflax.training.workdir import differing_fields, flatten, read_info
+from adderflax.training.workdir import FREE_FIELDS, differing_fields, flatten, read_info
 
 # Where the data lies and how a machine computes is no part of what a run is.
-_MACHINE_FIELDS = {
-    "data.data_dir",
-    "data.workers",
-    "data.cache",
-    "log_every",
-    "model.remat",
-    "model.implementation",
-}
+_MACHINE_FIELDS = FREE_FIELDS - {"eval_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite_steps"}
 
 
 class StudyError(RuntimeError):
@@ -72,11 +65,12 @@ class Run:
                 f"The run name {self.name!r} must begin with a letter or digit and consist of"
                 " letters, digits, '.', '_' and '-': it names a directory."
             )
-        whole = all(type(seed) is int and seed >= 0 for seed in self.seeds)
-        if not self.seeds or not whole or len(set(self.seeds)) < len(self.seeds):
+        given = tuple(self.seeds) if isinstance(self.seeds, Iterable) else ()
+        whole = all(type(seed) is int and seed >= 0 for seed in given)
+        if not given or not whole or len(set(given)) < len(given):
             raise ValueError(
                 f"seeds={self.seeds!r} of run {self.name!r} must be different whole numbers from 0"
-                " on, at least one."
+                " on, at least one, as (0, 1, 2)."
             )
 
     def configuration(self, seed: int) -> ConfigDict:
@@ -182,7 +176,7 @@ def load_study(file: str | Path) -> Study:
 
 
 def _require_same(line: dict[str, Any], config: ConfigDict) -> None:
-    differing = differing_fields(line["config"], _flat(config), _flat(default_config()))
+    differing = differing_fields(_of_the_run(line["config"]), _flat(config), _flat(default_config()))
     if differing:
         raise StudyError(
             f"The finished line of run {line['name']!r}, seed {line['seed']}, was computed with"
@@ -194,7 +188,11 @@ def _require_same(line: dict[str, Any], config: ConfigDict) -> None:
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
     """Every field that says what a run is, by its dotted name, as JSON would read it back."""
-    return {name: value for name, value in flatten(config.to_dict()).items() if name not in _MACHINE_FIELDS}
+    return _of_the_run(flatten(config.to_dict()))
+
+
+def _of_the_run(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in _MACHINE_FIELDS}
 
 
 def read_lines(file: str | Path) -> list[dict[str, Any]]:
@@ -299,10 +297,12 @@ def run_study(
       progress: whether to draw progress bars.
 
     Raises:
-      StudyError: the description or the results file do not allow it.
+      StudyError: the description, the results file or the number of images do not allow it.
       adderflax.data.DatasetNotReadyError: a data set is not there and cannot be prepared.
       adderflax.training.workdir.WorkdirError: an unfinished run's directory holds another run.
     """
+    if images < 1:
+        raise StudyError(f"images={images} must be at least 1: ranks are measured on them.")
     with Results(results) as file:
         pending = study.pending(read_lines(results))
         commit = environment.commit()
@@ -323,7 +323,7 @@ def run_study(
             }
             try:
                 summary = trainer.train(config, directory, progress=progress)
-                line |= _rounded(_measure(summary, config, directory, images))
+                line |= _rounded(_measure(summary, config, directory, images, data_dir))
             except DivergenceError as error:
                 print(f"diverged: {error}", flush=True)
                 line["diverged"] = str(error)
@@ -341,13 +341,17 @@ def run_study(
             jax.clear_caches()
 
 
-def _measure(summary: dict[str, Any], config: ConfigDict, directory: Path, images: int) -> dict[str, Any]:
+def _measure(
+    summary: dict[str, Any], config: ConfigDict, directory: Path, images: int, data_dir: str | None
+) -> dict[str, Any]:
     """Figures, diversity and energy of a finished run."""
     figures = {name: value for name, value in summary.items() if name not in ("config", "devices")}
     # The last figures of training and validation stand in the log.
     for logged in read_metrics(directory):
         figures |= {k: v for k, v in logged.items() if k.startswith(("train_", "validation_"))}
-    diversity, _ = measure_workdir(directory, images=images)
+    # A set that is smaller is measured whole.
+    images = min(images, read_info(directory).test_examples)
+    diversity, _ = measure_workdir(directory, images=images, data_dir=data_dir)
     if diversity is not None:
         spectra = {name: values.tolist() for name, values in diversity.spectra().items()}
         diversity = diversity.figures(heads=False) | {"spectra": spectra}

@@ -121,6 +121,14 @@ def test_lines_of_a_finished_study(finished):
     assert lines[0]["figures"]["test_loss"] != lines[2]["figures"]["test_loss"]
 
 
+def test_what_cannot_be_measured_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_lib.trainer, "train", lambda *_, **__: pytest.fail("a run was trained"))
+    study = load_study("studies/rank_digits.py")
+    with pytest.raises(StudyError, match="images=0 must be at least 1"):
+        study_lib.run_study(study, tmp_path, tmp_path / "lines.jsonl", images=0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_study_is_left_alone(copied, monkeypatch):
     forbid_training(monkeypatch)
     before = (copied / "small.jsonl").read_bytes()
