@@ -28,6 +28,9 @@ _WORKDIR = flags.DEFINE_string(
     "Directory of the run, resumed if it holds one. Default: runs/, then the configuration file's name.",
 )
 _EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the workdir's newest checkpoint; do not train.")
+_BEST = flags.DEFINE_bool(
+    "best", False, "With --eval_only: the checkpoint with the best validation accuracy, not the newest."
+)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
@@ -83,6 +86,10 @@ def main(argv: list[str]) -> None:
             )
         if _DATA_DIR.value is not None and not _EVAL_ONLY.value:
             raise ConfigError("--data_dir goes with --eval_only. To train, set --config.data.data_dir=DIR.")
+        if _BEST.value and not _EVAL_ONLY.value:
+            raise ConfigError("--best goes with --eval_only: training goes on from the newest checkpoint.")
+        if _EVAL_ONLY.value and (_EXTEND.value or profile_steps is not None):
+            raise ConfigError("--extend and --profile_steps go with training, which --eval_only leaves out.")
         if profile_steps is not None:
             profile_steps = profiling.parse_steps(profile_steps)
         if "://" in (workdir or ""):
@@ -94,7 +101,13 @@ def main(argv: list[str]) -> None:
             name, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
             workdir = Path("runs", "-".join(filter(None, (Path(name).stem, argument))))
         if _EVAL_ONLY.value:
-            figures = trainer.evaluate(workdir, config, data_dir=_DATA_DIR.value, progress=_PROGRESS.value)
+            figures = trainer.evaluate(
+                workdir,
+                config,
+                data_dir=_DATA_DIR.value,
+                best=_BEST.value,
+                progress=_PROGRESS.value,
+            )
             print(json.dumps(figures))
         else:
             with pipes.reader_may_leave_unheeded():

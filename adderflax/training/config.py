@@ -6,6 +6,7 @@ ConfigDict, command line included, into typed and checked parts.
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -106,12 +107,13 @@ class RunConfig:
     """A whole run, typed and checked.
 
     Attributes:
-      seed: seed of initialization, batch order and augmentation.
+      seed: seed of initialization, batch order and augmentation, below 2^32.
       batch_size: examples of one update, over all devices and accumulated parts.
       epochs: passes over the training part; used where `total_steps` is unset.
       total_steps: number of updates; overrides `epochs`.
-      eval_every: validate every so many steps; the last step always does.
-      checkpoint_every: save every so many steps; the last step and every new best always do.
+      eval_every: validate every so many steps, where the data set has a validation part; the last step
+        always does.
+      checkpoint_every: save every so many steps; the last step and every validated one are always saved.
       log_every: write the training figures every so many steps.
       accumulation_steps: cut each batch into so many parts and average their gradients.
       ema_decay: decay of the average of the parameters that is evaluated; 0 evaluates the parameters.
@@ -166,8 +168,10 @@ class RunConfig:
         for name, minimum in minima.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {minimum}.")
-        if not self.epochs > 0:
-            raise ConfigError(f"epochs={self.epochs} must be greater than 0.")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed={self.seed} must be below 2^32.")
+        if not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs={self.epochs} must be finite and greater than 0.")
         if not 0.0 <= self.anneal_fraction <= 1.0:
             raise ConfigError(f"anneal_fraction={self.anneal_fraction} must lie in [0, 1].")
         implementation = self.model.get("implementation")
@@ -254,6 +258,11 @@ def _model_fields(section: dict[str, Any]) -> dict[str, Any]:
     for name in ("variant", "arithmetic"):
         if name not in section:
             raise ConfigError(f"model.{name} is not set; see `adderflax.VisionTransformerConfig`.")
+    if derived := [f"model.{name}" for name in _DERIVED_MODEL_FIELDS if name in section]:
+        raise ConfigError(
+            f"{', '.join(derived)} cannot be set: the data set says it. Leave it out; data.image_size is the"
+            " side that images are brought to."
+        )
     return section
 
 

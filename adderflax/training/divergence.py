@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
+from adderflax.files import write_whole
 from adderflax.training.distillation import Teacher
 from adderflax.training.state import (
     Batch,
@@ -22,6 +23,7 @@ from adderflax.training.state import (
     training_loss,
 )
 from adderflax.training.steplog import DivergenceError
+from adderflax.training.workdir import first_line
 
 
 def explain(
@@ -41,13 +43,13 @@ def explain(
         try:
             culprit = find(error.batch)
         except Exception as failure:  # without rematerialization there may be no memory for the search
-            culprit = f"Which layer went first could not be found out ({str(failure).splitlines()[0]})."
+            culprit = f"Which layer went first could not be found out ({first_line(failure)})."
         report |= {"culprit": culprit, "indices": indices}
         shown = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" * (len(indices) > 8))
         details = f" {report['culprit']} It was computed on training examples {shown}."
     file = workdir / "divergence.json"
     if jax.process_index() == 0:
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(file, json.dumps(report, indent=1) + "\n")
     return DivergenceError(
         f"{error}{details} The whole account is in {file}. The run stops; the checkpoints in its workdir are"
         " from earlier updates and intact. Lower optimizer.learning_rate, raise optimizer.warmup_fraction or"
@@ -148,7 +150,10 @@ def find_culprit(
         if broken := _broken(gradients):
             last = max(broken, key=lambda name: order.get(name.rpartition("/")[0], -1))
             return f"All activations are finite; the first parameter whose gradient is not is {last}."
-    return "All activations and gradients are finite one by one; only their norm is too large for float32."
+    return (
+        "All activations and gradients are finite one by one: their norm, or what the optimizer or a"
+        " BatchNorm's statistics made of them, is not."
+    )
 
 
 def _finite(tree: Any) -> jax.Array:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 
 from adderflax.data import DataConfig, Dataset, DatasetInfo, evaluation_batches, normalize_batch
@@ -16,10 +15,10 @@ from adderflax.models.families import ModelConfig
 from adderflax.models.transfer import transfer
 from adderflax.models.vit import PRESETS
 from adderflax.models.weight_files import read_weight_file
-from adderflax.training.config import WarmStartConfig
+from adderflax.training.config import RunConfig, WarmStartConfig
 from adderflax.training.distillation import DistillationConfig, Teacher
-from adderflax.training.restore import load_model
-from adderflax.training.workdir import WorkdirError, has_checkpoints, read_info
+from adderflax.training.restore import config_here, finished_summary, load_model
+from adderflax.training.workdir import WorkdirError, differing_info, has_checkpoints, read_info
 
 # What a published ViT computes, whatever the model that it starts computes.
 _PUBLISHED = PRESETS["vit"] | {
@@ -39,13 +38,14 @@ def load_teacher(config: DistillationConfig) -> Teacher | None:
     if config.teacher is None:
         return None
     # A teacher that trains on would be another one after every restart.
-    teacher_dir = Path(config.teacher)
-    if has_checkpoints(teacher_dir) and not (teacher_dir / "summary.json").exists():
-        raise ValueError(
-            f"distillation.teacher={config.teacher!r} is not finished: it has checkpoints but no"
-            " summary.json. Let its training end first; the same command goes on."
-        )
     try:
+        if has_checkpoints(config.teacher):
+            run = RunConfig.parse(config_here(config.teacher))
+            if finished_summary(config.teacher, run) is None:
+                raise ValueError(
+                    f"distillation.teacher={config.teacher!r} is not finished: it has checkpoints but no"
+                    " summary.json of all its steps. Let its training end first; the same command goes on."
+                )
         model, variables, _ = load_model(config.teacher)
     except WorkdirError as error:
         raise ValueError(
@@ -64,13 +64,12 @@ def require_pupil(teacher: Teacher | None, info: DatasetInfo, student: nn.Module
     if teacher is None:
         return
     seen = read_info(teacher.config.teacher)
-    for name in ("image_size", "channels", "class_names", "mean", "std"):
-        if not np.array_equal(getattr(seen, name), getattr(info, name)):
-            raise ValueError(
-                f"distillation.teacher={teacher.config.teacher!r} was trained on {seen.name!r}, whose {name}"
-                f" differs from that of {info.name!r}: teacher and student see the same images and name the"
-                " same classes. Choose a teacher trained on this data set at this data.image_size."
-            )
+    if differing := differing_info(seen, info, ("image_size", "channels", "class_names", "mean", "std")):
+        raise ValueError(
+            f"distillation.teacher={teacher.config.teacher!r} was trained on {seen.name!r}, whose"
+            f" {differing[0]} differs from that of {info.name!r}: teacher and student see the same images and"
+            " name the same classes. Choose a teacher trained on this data set at this data.image_size."
+        )
     teacher.require_fits(student)
 
 

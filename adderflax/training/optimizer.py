@@ -65,9 +65,12 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.name={self.name!r} is not known; choose one of {', '.join(OPTIMIZERS)}."
             )
-        for name in ("warmup_fraction", "final_fraction", "beta1", "beta2", "momentum"):
+        for name in ("warmup_fraction", "final_fraction", "momentum"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1].")
+        for name in ("beta1", "beta2"):  # at 1 Adam's correction of the first updates divides by 0
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
         for name in ("learning_rate", "weight_decay", "clip_norm", "adder_local_rate", "epsilon"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be finite and not negative.")

@@ -29,7 +29,7 @@ class TrainState(struct.PyTreeNode):
       ema_params: exponential moving average of `params`, or None where it is off.
       ema_batch_stats: the same of `batch_stats`.
       key: typed PRNG key of the run; the update at step t uses ``fold_in(key, t)``.
-      skipped: int32 [], updates that were left out because their loss or gradient was not finite.
+      skipped: int32 [], updates that were left out because they were not finite.
     """
 
     step: jax.Array
@@ -127,7 +127,7 @@ def step_inputs(
 
 def annealed_exponent(step: jax.Array, anneal_steps: int) -> jax.Array:
     """The exponent p of the update that follows `step` updates: from 2 down to 1, and 1 from there on."""
-    return jnp.maximum(2.0 - step.astype(jnp.float32) / anneal_steps, 1.0)
+    return optax.linear_schedule(2.0, 1.0, anneal_steps)(step)
 
 
 def training_loss(
@@ -173,6 +173,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     *,
+    schedule: optax.Schedule,
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
     skip_nonfinite_steps: int = 0,
@@ -187,23 +188,24 @@ def make_train_step(
         `anneal_steps` also with ``p=``.
       optimizer: fed the gradient of the mean loss over the whole batch.
       augment: ``(key, images uint8, labels) -> (images float32, targets [B, num_classes])``.
+      schedule: the optimizer's learning rate by the number of updates that were made, for the figures.
       ema_decay: decay of the parameters' average; 0 keeps none. It starts smaller, at
         ``(1 + t) / (10 + t)``, so that the average forgets the initialization.
       accumulation_steps: the batch is cut into this many parts whose gradients are averaged, to save
         memory; the update is that of the whole batch. A BatchNorm normalizes each part by itself.
-      skip_nonfinite_steps: an update whose loss or gradient is not finite changes nothing but the state's
-        `step` and `skipped`. After more than so many of them not even `step` changes any more: the state
-        stays what it was before the last one.
+      skip_nonfinite_steps: an update whose loss, gradient, new parameters or statistics are not finite
+        changes nothing but the state's `step` and `skipped`. After more than so many of them not even `step`
+        changes any more: the state stays what it was before the last one.
       teacher: a trained model whose outputs on the same images count in the loss.
       anneal_steps: updates over which the exponent p of the adder layers' ``-sum |x - w|^p`` falls linearly
         from 2 to 1 (Universal Adder Neural Networks, Chen et al. 2021).
       mesh: the devices.
 
     Returns:
-      ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy, gradient_norm and
-      parameter_norm, the last one of the new parameters, and the int32 scalar skipped; with a teacher also
-      the parts of the loss (`adderflax.training.distillation.distillation_loss`), with `anneal_steps` the
-      exponent.
+      ``(state, batch) -> (state, metrics)`` with the float32 scalars loss, accuracy, gradient_norm,
+      parameter_norm, which is of the new parameters, and learning_rate; with a teacher also the parts of the
+      loss (`adderflax.training.distillation.distillation_loss`), with `anneal_steps` the exponent; and
+      finite, bool, whether the update was made, and skipped, int32.
     """
 
     def loss_and_more(params, batch_stats, *rest):
@@ -256,12 +258,13 @@ def make_train_step(
             averages = jax.tree.map(
                 lambda old, new: old + (1.0 - decay) * (new - old), averages, (params, batch_stats)
             )
-        gradient_norm = _norm(gradients, mesh)
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        gradient_norm, parameter_norm = _norm(gradients, mesh), _norm(params, mesh)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(parameter_norm)
         if batch_stats is not None:
             finite &= jnp.isfinite(_norm(batch_stats, mesh))
         skipped = state.skipped + jnp.where(finite, 0, 1)
         over = skipped > skip_nonfinite_steps
+        learning_rate = schedule(state.step - state.skipped)
         learned = state.replace(
             params=params,
             batch_stats=batch_stats,
@@ -275,7 +278,9 @@ def make_train_step(
             "loss": loss,
             **parts,
             "gradient_norm": gradient_norm,
-            "parameter_norm": _norm(state.params, mesh),
+            "parameter_norm": parameter_norm,
+            "learning_rate": jnp.asarray(learning_rate, jnp.float32),
+            "finite": finite,
             "skipped": skipped,
         }
         if anneal_steps:

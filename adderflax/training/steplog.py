@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,7 +49,6 @@ class StepLog:
         total: int,
         batch_size: int,
         log_every: int,
-        learning_rate: Callable[[int], float],
         allowed_skips: int,
         progress: bool,
     ):
@@ -61,12 +60,11 @@ class StepLog:
           total: updates of the whole run.
           batch_size: examples of one update.
           log_every: write a line every so many updates.
-          learning_rate: rate of the update that follows so many updates.
           allowed_skips: how many updates of the whole run may be left out.
           progress: whether to draw a bar.
         """
         self._writer, self._batch_size, self._log_every = writer, batch_size, log_every
-        self._total, self._learning_rate, self._allowed_skips = total, learning_rate, allowed_skips
+        self._total, self._allowed_skips = total, allowed_skips
         self._bar = progress_bar(initial=first, total=total, unit="step", disable=not progress)
         self._pending: tuple | None = None
         self._since: float | None = None
@@ -103,9 +101,10 @@ class StepLog:
             return
         (step, metrics, batch), self._pending = self._pending, None
         figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        skipped = int(figures.pop("skipped"))
+        skipped, learning_rate = int(figures.pop("skipped")), figures.pop("learning_rate")
+        finite = bool(figures.pop("finite"))
         self._tick()
-        if not math.isfinite(figures["loss"] + figures["gradient_norm"]):
+        if not finite:
             if skipped > self._allowed_skips:
                 raise DivergenceError(_not_finite(step, figures), step=step, batch=batch)
             self._writer.write(step, skipped_updates=skipped)
@@ -113,7 +112,6 @@ class StepLog:
             self.note(f"{told} It is left out, as number {skipped} of at most {self._allowed_skips}.")
             self._bar.update()
             return
-        _require_finite(step, figures)
         speed = self.images_per_second
         self._bar.set_postfix_str(
             f"loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.3f}"
@@ -123,8 +121,7 @@ class StepLog:
         self._bar.update()
         if step % self._log_every == 0 or step == self._total:
             line = {f"train_{name}": value for name, value in figures.items()}
-            # The schedule counts the updates that were made.
-            line["learning_rate"] = self._learning_rate(step - 1 - skipped)
+            line["learning_rate"] = learning_rate
             if speed:
                 line["images_per_second"] = speed
             self._writer.write(step, **line)
@@ -135,7 +132,8 @@ class StepLog:
         Raises:
           DivergenceError: one is not finite.
         """
-        _require_finite(step, scores)
+        if not all(math.isfinite(value) for value in scores.values()):
+            raise DivergenceError(_not_finite(step, scores), step=step)
         self._writer.write(step, **scores)
 
     def note(self, text: str) -> None:
@@ -160,11 +158,6 @@ class StepLog:
             self._steps += 1
             self._seconds += now - self._since
         self._since = now
-
-
-def _require_finite(step: int, figures: dict[str, float]) -> None:
-    if not all(math.isfinite(value) for value in figures.values()):
-        raise DivergenceError(_not_finite(step, figures), step=step)
 
 
 def _not_finite(step: int, figures: dict[str, float]) -> str:

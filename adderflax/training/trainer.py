@@ -19,7 +19,13 @@ from adderflax.training.config import RunConfig, as_config_error, default_config
 from adderflax.training.metrics import MetricsWriter, read_metrics
 from adderflax.training.optimizer import without_templates
 from adderflax.training.preemption import StopSignals
-from adderflax.training.restore import config_here, data_from, load_model, require_implementation
+from adderflax.training.restore import (
+    config_here,
+    data_from,
+    finished_summary,
+    load_model,
+    require_implementation,
+)
 from adderflax.training.state import (
     TrainState,
     abstract_state,
@@ -117,10 +123,6 @@ class Trainer:
             teacher=self._teacher,
         )
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of the update that follows `step` updates."""
-        return float(self._update.schedule(step))
-
     def evaluate(self, variables: dict[str, Any], part: str, *, progress: bool = False) -> dict[str, float]:
         """Figures of a model's variables over "validation" or "test", every image counted once.
 
@@ -155,12 +157,6 @@ class Trainer:
         if self.dataset.info.num_classes > 10:
             figures[f"{part}_accuracy_top5"] = total["correct_top5"] / total["examples"]
         return figures
-
-    def validate(self, state: TrainState) -> dict[str, float]:
-        """`evaluate` on the validation part; empty where the configuration cuts none."""
-        if self.dataset.validation is None:
-            return {}
-        return self.evaluate(state.evaluated_variables, "validation")
 
 
 def train(
@@ -211,7 +207,7 @@ def train(
             return Path(workdir).absolute()
 
         workdir = distributed.first_process_first(hold, "open_workdir")
-        begun = workdir_lib.has_checkpoints(workdir)
+        begun = distributed.of_first_process(workdir_lib.has_checkpoints(workdir))
         if begun and (summary := _finished(run, workdir)):
             print(f"Finished at step {summary['steps']}, nothing left to do", flush=True)
             print(_line(summary["steps"], summary), flush=True)
@@ -220,6 +216,8 @@ def train(
             with as_config_error():
                 inheritance.require_source(run.warm_start)
         trainer = Trainer(config)
+        if begun:
+            workdir_lib.require_same_data(workdir, trainer.dataset.info)
         total = trainer.total_steps
         # Kernels that XLA cannot partition by itself need to know the mesh.
         held.enter_context(jax.set_mesh(trainer.mesh))
@@ -233,12 +231,19 @@ def train(
                 f"The workdir {workdir} is at step {first} already, past the {total} steps asked for: a run"
                 " can be extended, not cut short. Choose another directory with --workdir."
             )
-        if first_process:
-            workdir_lib.write_info(workdir, trainer.dataset.info)
-            workdir_lib.write_config(workdir, plain)
         if first:
             state = checkpointer.restore(trainer.abstract_state(), batches)
             print(f"Resumed from step {first}", flush=True)
+            # Every further update would be left out.
+            if (left_out := int(state.skipped)) > run.skip_nonfinite_steps:
+                raise WorkdirError(
+                    f"The run in {workdir} has left out {left_out} updates that were not finite, and"
+                    f" skip_nonfinite_steps={run.skip_nonfinite_steps} allows fewer. Go on with"
+                    f" --config.skip_nonfinite_steps={left_out} or more."
+                )
+        if first_process:
+            workdir_lib.write_info(workdir, trainer.dataset.info)
+            workdir_lib.write_config(workdir, plain)
         environment.record_start(workdir, first)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)
@@ -252,7 +257,6 @@ def train(
                 total=total,
                 batch_size=run.batch_size,
                 log_every=run.log_every,
-                learning_rate=trainer.learning_rate,
                 allowed_skips=run.skip_nonfinite_steps,
                 progress=progress and first_process,
             ) as log,
@@ -278,14 +282,12 @@ def train(
 
 def _finished(run: RunConfig, workdir: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended whole, which needs neither its data nor its teacher any more."""
-    if not all((workdir / name).exists() for name in ("summary.json", "dataset.json")):
-        return None
-    total = run.num_steps(workdir_lib.read_info(workdir))
-    if (summary := workdir_lib.read_summary(workdir, steps=total)) is None:
+    summary = finished_summary(workdir, run)
+    if not distributed.of_first_process(summary is not None):
         return None
     # What is damaged is computed again.
     with Checkpointer(workdir, keep_latest=run.keep_checkpoints) as checkpointer:
-        return summary if checkpointer.latest_step == total else None
+        return summary if checkpointer.latest_step == summary["steps"] else None
 
 
 def _update(
@@ -305,18 +307,18 @@ def _update(
                 batch = next(batches)
                 state, metrics = trainer.train_step(state, sharding.put_batch(batch, trainer.mesh))
                 log.push(step, metrics, batch)
-                evaluates = step == trainer.total_steps or step % run.eval_every == 0
-                stops = signals.should_stop(step)
-                if not (evaluates or stops) and step % run.checkpoint_every:
+                last, stops = step == trainer.total_steps, signals.should_stop(step)
+                evaluates = trainer.dataset.validation is not None and (last or step % run.eval_every == 0)
+                if not (evaluates or last or stops) and step % run.checkpoint_every:
                     continue
                 # Nothing that is not finite is ever saved: this raises first.
                 log.flush()
                 with log.paused():
-                    scores = trainer.validate(state) if evaluates else {}
+                    scores = trainer.evaluate(state.evaluated_variables, "validation") if evaluates else None
                     if scores:
                         log.write_scores(step, scores)
                         log.note(_line(step, scores))
-                    checkpointer.save(step, state, batches, scores or None)
+                    checkpointer.save(step, state, batches, scores)
                 if stops:
                     checkpointer.wait()
                     signals.stop(step, log.note)
@@ -332,6 +334,7 @@ def evaluate(
     config: ConfigDict | None = None,
     *,
     data_dir: str | None = None,
+    best: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
     """Evaluates a workdir's newest checkpoint, or its file of weights, on the test split.
@@ -340,6 +343,7 @@ def evaluate(
       workdir: the run's directory.
       config: the run's configuration; None reads the one that the directory was begun with.
       data_dir: where prepared data sets are on this machine; None looks where the configuration says.
+      best: take the checkpoint with the best validation accuracy instead of the newest.
       progress: whether to draw a bar.
 
     Returns:
@@ -354,11 +358,13 @@ def evaluate(
     described = data_from(config_here(workdir) if config is None else config.to_dict(), data_dir)
     # A teacher is needed no more.
     trainer = Trainer(described | {"distillation": {}})
+    workdir_lib.require_same_data(workdir, trainer.dataset.info)
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
-        if checkpointer.latest_step is None:  # a file of weights, or nothing to evaluate
-            _, variables, _ = load_model(workdir)
+        step = checkpointer.best_step if best else checkpointer.latest_step
+        if step is None:  # a file of weights, or nothing to evaluate
+            _, variables, _ = load_model(workdir, best=best)
             return trainer.evaluate(variables, "test", progress=progress)
-        state = checkpointer.restore_state(trainer.abstract_state())
+        state = checkpointer.restore_state(trainer.abstract_state(), step)
         figures = trainer.evaluate(state.evaluated_variables, "test", progress=progress)
         return {"steps": int(state.step)} | figures
 

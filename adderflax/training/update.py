@@ -22,14 +22,12 @@ class Update(NamedTuple):
     Attributes:
       step: ``(state, batch) -> (state, metrics)``, compiled (`make_train_step`).
       optimizer: of its state.
-      schedule: number of updates -> learning rate of the next.
       augment: (key, images, labels) -> (images, targets).
       anneal_steps: updates over which the exponent of the distance falls.
     """
 
     step: Callable[..., Any]
     optimizer: optax.GradientTransformation
-    schedule: Callable[[int], Any]
     augment: Callable[..., Any]
     anneal_steps: int
 
@@ -51,6 +49,7 @@ def configured_update(
         model,
         optimizer,
         augment,
+        schedule=schedule,
         ema_decay=run.ema_decay,
         accumulation_steps=run.accumulation_steps,
         skip_nonfinite_steps=run.skip_nonfinite_steps,
@@ -58,4 +57,4 @@ def configured_update(
         teacher=teacher,
         mesh=mesh,
     )
-    return Update(step, optimizer, schedule, augment, anneal_steps)
+    return Update(step, optimizer, augment, anneal_steps)

@@ -135,7 +135,7 @@ def _train_step(devices):
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows),
     }
     with jax.set_mesh(mesh):
-        step = make_train_step(model, optimizer, augment, mesh=mesh)
+        step = make_train_step(model, optimizer, augment, schedule=optax.constant_schedule(0.1), mesh=mesh)
         return step.lower(abstract_state(model, optimizer, with_ema=False, mesh=mesh), batch)
 
 

@@ -13,6 +13,7 @@ from adderflax.training import divergence, sharding, update
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
 from adderflax.training.trainer import Trainer, evaluate, train
+from adderflax.training.workdir import WorkdirError
 
 
 @pytest.fixture
@@ -60,6 +61,17 @@ def test_an_update_that_is_not_finite_changes_nothing(poisoned):
     jax.tree.map(np.testing.assert_array_equal, stopped.params, going_on.params)
 
 
+def test_parameters_that_an_update_would_break_are_left_as_they_are():
+    rate = {"optimizer.learning_rate": 1e38, "optimizer.warmup_fraction": 0.0}
+    run = Trainer(small_config(skip_nonfinite_steps=1, **rate))
+    after, metrics = state_of(run, 1)
+    assert np.isfinite(metrics["loss"] + metrics["gradient_norm"]) and not np.isfinite(
+        metrics["parameter_norm"]
+    )
+    assert not metrics["finite"] and metrics["skipped"] == after.skipped == 1 and after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, jax.device_get(run.new_state().params))
+
+
 def test_stops_explains_and_keeps_the_last_good_checkpoint(poisoned, tmp_path, capsys):
     message = (
         "Update 3 is not finite: .*loss nan.* The augmented images themselves are not finite. It was computed"
@@ -75,6 +87,11 @@ def test_stops_explains_and_keeps_the_last_good_checkpoint(poisoned, tmp_path, c
     with pytest.raises(DivergenceError, match="Update 5 is not finite"):
         train(small_config(skip_nonfinite_steps=1), tmp_path, progress=False)
     assert evaluate(tmp_path)["steps"] == 4
+    # Nor does it go on where fewer are allowed than were left out: it would leave out all that follow.
+    with pytest.raises(
+        WorkdirError, match="left out 1 updates .* Go on with --config.skip_nonfinite_steps=1"
+    ):
+        train(small_config(), tmp_path, progress=False)
     assert "Update 3 is not finite" in capsys.readouterr().out
     assert train(small_config(skip_nonfinite_steps=2), tmp_path, progress=False)["steps"] == 6
     log = [line for line in read_metrics(tmp_path) if "skipped_updates" in line]
@@ -112,7 +129,7 @@ def deep():
     ("layer", "parameter", "factor", "expected"),
     [
         ("block_1/mlp/fc1", "adder_kernel", 3e38, "whose activations are not finite is block_1/mlp/fc1/norm"),
-        ("head", "kernel", 1e25, "only their norm is too large"),
+        ("head", "kernel", 1e25, "one by one: their norm, or what the optimizer"),
         ("head", "kernel", 2e37, "too large for a finite loss"),
     ],
 )

@@ -1,6 +1,7 @@
 """Warm start and teacher: a run that begins with, or learns from, the weights of another one."""
 
 import dataclasses
+import json
 import sys
 
 import jax
@@ -151,6 +152,14 @@ def test_what_cannot_be_inherited_is_named(twin, tmp_path):
             load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0))
         finally:
             (twin / "moved.json").rename(summary)
+    config = (twin / "config.json").read_text()
+    with pytest.raises(ValueError, match="is not finished: .* no summary.json of all its steps"):
+        # As the run that has been extended has it.
+        (twin / "config.json").write_text(json.dumps(json.loads(config) | {"total_steps": 4000}))
+        try:
+            load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0))
+        finally:
+            (twin / "config.json").write_text(config)
     other = dataclasses.replace(info, mean=(0.25,))
     teacher = load_teacher(DistillationConfig(teacher=str(twin), soft_labels=1.0))
     with pytest.raises(ValueError, match="trained on 'digits', whose mean differs"):

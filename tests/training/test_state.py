@@ -53,6 +53,10 @@ class Echo(nn.Module):
         return images + self.param("shift", nn.initializers.zeros_init(), (1, 3))
 
 
+def options(mesh):
+    return {"schedule": optax.constant_schedule(0.1), "mesh": mesh}
+
+
 def test_loss_and_accuracy_are_those_of_the_batch():
     logits = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
@@ -70,7 +74,9 @@ def test_running_statistics_move_are_averaged_and_evaluated(parts):
     mesh, model, optimizer = sharding.make_mesh(), sized(Normed()), optax.sgd(0.0)
     images = np.random.default_rng(0).normal(3.0, 2.0, size=(8, 2, 2, 1)).astype(np.float32)
     batch = sharding.put_batch({"image": images, "label": np.arange(8, dtype=np.int32) % 3}, mesh)
-    update = make_train_step(model, optimizer, targets_of, ema_decay=0.5, accumulation_steps=parts, mesh=mesh)
+    update = make_train_step(
+        model, optimizer, targets_of, ema_decay=0.5, accumulation_steps=parts, **options(mesh)
+    )
     state, _ = update(init_state(model, optimizer, seed=0, with_ema=True, mesh=mesh), batch)
     rows = images.reshape(8, -1).astype(np.float64)
     mean = 0.1 * rows.mean(0)
@@ -132,7 +138,7 @@ def test_the_exponent_falls_from_two_to_one():
     mesh, model, optimizer = sharding.make_mesh(), sized(OneLayer()), optax.sgd(0.01)
     images = np.random.default_rng(0).normal(size=(4, 2, 2, 1)).astype(np.float32)
     batch = sharding.put_batch({"image": images, "label": np.array([0, 1, 2, 0], np.int32)}, mesh)
-    update = make_train_step(model, optimizer, targets_of, anneal_steps=2, mesh=mesh)
+    update = make_train_step(model, optimizer, targets_of, anneal_steps=2, **options(mesh))
     state = init_state(model, optimizer, seed=0, with_ema=False, mesh=mesh)
     for p in (2.0, 1.5, 1.0, 1.0):
         kernel = np.asarray(state.params["adder_kernel"], np.float64)
@@ -154,7 +160,7 @@ def test_the_norms_are_those_of_all_leaves_together():
     batch = sharding.put_batch({"image": images, "label": np.arange(6, dtype=np.int32) % 3}, mesh)
     state = init_state(model, optimizer, seed=0, with_ema=False, mesh=mesh)
     before = jax.device_get(state.params)
-    update = make_train_step(model, optimizer, targets_of, mesh=mesh)
+    update = make_train_step(model, optimizer, targets_of, **options(mesh))
     state, metrics = update(state, batch)
     moved = jax.tree.map(lambda a, b: (a - b) / 0.1, before, jax.device_get(state.params))
     for name, tree in (("gradient_norm", moved), ("parameter_norm", state.params)):

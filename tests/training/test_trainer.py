@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -13,7 +14,9 @@ from adderflax.operators.rules import canonical_rule
 from adderflax.training import sharding, trainer, update
 from adderflax.training import state as state_lib
 from adderflax.training.config import ConfigError, default_config
+from adderflax.training.manifest import write_manifest
 from adderflax.training.metrics import read_metrics
+from adderflax.training.optimizer import OptimizerConfig, make_optimizer
 from adderflax.training.restore import load_model, write_weights
 from adderflax.training.trainer import Trainer, evaluate, train
 from adderflax.training.workdir import WorkdirError
@@ -73,6 +76,9 @@ def test_summary_and_log(finished):
     assert [line["step"] for line in log if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
     evaluations = [line for line in log if "validation_accuracy" in line]
     assert [line["step"] for line in evaluations] == [4, 6]
+    rates = [line["learning_rate"] for line in log if "train_loss" in line]
+    schedule = make_optimizer(OptimizerConfig(), 6)[1]
+    np.testing.assert_allclose(rates, [schedule(step) for step in range(6)], rtol=1e-6)
     assert all(line["validation_examples"] == 144 and line["validation_loss"] > 0 for line in evaluations)
     assert list((workdir / "tensorboard").iterdir())
 
@@ -152,7 +158,8 @@ def test_stochastic_depth_and_augmentation_change_from_step_to_step():
         jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
         return images.astype(jnp.float32) / 255, jax.nn.one_hot(labels, 10)
 
-    step = update.make_train_step(run.model, run.optimizer, augment, mesh=run.mesh)
+    rate = optax.constant_schedule(0.0)
+    step = update.make_train_step(run.model, run.optimizer, augment, schedule=rate, mesh=run.mesh)
     state = run.new_state()
     for _ in range(3):
         state, _ = step(state, batch)
@@ -238,6 +245,52 @@ def test_a_finished_run_gets_back_a_description_that_is_lost(finished, capsys):
     assert (workdir / "dataset.json").read_text() == before
 
 
+def test_another_data_set_is_refused(finished, tmp_path):
+    """A run is evaluated, and goes on, on what it has learned from: pixels are normalized by its figures."""
+    workdir, summary = finished
+    shutil.copytree(workdir, tmp_path / "there")
+    file = tmp_path / "there" / "dataset.json"
+    for field, value in (("mean", [0.9]), ("train_examples", 999)):
+        info = json.loads((workdir / "dataset.json").read_text())
+        file.write_text(json.dumps(info | {field: value}))
+        told = f"another data set than 'digits' is here today: {field} .* there, .* now"
+        with pytest.raises(WorkdirError, match=told):
+            evaluate(tmp_path / "there")
+        with pytest.raises(WorkdirError, match=told):
+            train(small_config(total_steps=8), tmp_path / "there", extend=True, progress=False)
+    # Figures of another machine may be rounded otherwise.
+    file.write_text(json.dumps(info | {"mean": [info["mean"][0] + 1e-8], "train_examples": 1294}))
+    assert evaluate(tmp_path / "there")["test_loss"] == summary["test_loss"]
+
+
+def test_the_figures_of_a_finished_run_are_not_replaced(finished, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "there", ignore=shutil.ignore_patterns("checkpoints"))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "there").glob("*.json*")}
+    with pytest.raises(WorkdirError, match="the figures of a run that has ended, and no checkpoint of it"):
+        train(small_config(seed=5), tmp_path / "there", progress=False)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "there").glob("*.json*")} == before
+
+
+def test_without_validation_only_what_is_asked_for_is_saved(tmp_path):
+    fields = {"data.validation_fraction": 0.0, "eval_every": 1, "checkpoint_every": 4, "keep_checkpoints": 9}
+    train(small_config(**fields), tmp_path, progress=False)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_the_best_checkpoint_is_evaluated_on_request(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for step, accuracy in ((4, 0.9), (6, 0.1)):
+        checkpoint = tmp_path / "run" / "checkpoints" / str(step)
+        (checkpoint / "metrics" / "metrics").write_text(json.dumps({"validation_accuracy": accuracy}))
+        write_manifest(checkpoint)
+    found = evaluate(tmp_path / "run", best=True)
+    _, variables, _ = load_model(tmp_path / "run", best=True)
+    assert found["steps"] == 4
+    assert found["test_loss"] == Trainer(small_config()).evaluate(variables, "test")["test_loss"]
+    assert found["test_loss"] != evaluate(tmp_path / "run")["test_loss"] == finished[1]["test_loss"]
+
+
 def test_evaluate_a_workdir(finished):
     workdir, summary = finished
     figures = evaluate(workdir)
@@ -314,6 +367,7 @@ def test_devices_do_not_change_the_update():
             run.model,
             run.optimizer,
             lambda key, images, labels: (images.astype(jnp.float32) / 255, jax.nn.one_hot(labels, 10)),
+            schedule=optax.constant_schedule(0.0),
             ema_decay=0.9,
             mesh=run.mesh,
         )
