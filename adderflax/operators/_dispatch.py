@@ -239,10 +239,11 @@ def _differentiable(run: Callable, composed: Callable) -> Callable:
 
 
 def with_automatic_axes(function: Callable, result_spec: Callable) -> Callable:
-    """Runs a function under automatic sharding where the mesh has Explicit axes.
+    """Runs a function under automatic sharding where the mesh of an operand has Explicit axes.
 
-    Blocked forms reshape and loop in ways whose shardings Explicit mode refuses to guess, while
-    the sharding of the result follows from the operands'.
+    That mesh need not be the one that `jax.set_mesh` has set: arrays bring their own. Blocked forms
+    reshape and loop in ways whose shardings Explicit mode refuses to guess, while the sharding of
+    the result follows from the operands'.
 
     Args:
         function: of arrays and static keywords.
@@ -251,12 +252,14 @@ def with_automatic_axes(function: Callable, result_spec: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(*operands, **static):
-        axes = jax.sharding.get_abstract_mesh().explicit_axes
-        if not axes:
+        shardings = [jax.typeof(operand).sharding for operand in operands]
+        meshes = [sharding.mesh for sharding in shardings if sharding.mesh.explicit_axes]
+        if not meshes:
             return function(*operands, **static)
         run = functools.partial(function, **static)
-        spec = result_spec(*(jax.typeof(operand).sharding.spec for operand in operands))
-        return jax.sharding.auto_axes(run, axes=axes, out_sharding=spec)(*operands)
+        spec = result_spec(*(sharding.spec for sharding in shardings))
+        with jax.sharding.use_abstract_mesh(meshes[0]):
+            return jax.sharding.auto_axes(run, axes=meshes[0].explicit_axes, out_sharding=spec)(*operands)
 
     return wrapped
 

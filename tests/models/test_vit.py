@@ -1,5 +1,6 @@
 """The Vision Transformer: variants, presets, shapes, and what its pieces do."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -278,11 +279,12 @@ def test_patches_are_cut_row_by_row():
 COMPACT = dataclasses.replace(TINY, stem="conv", pooling="mean")
 
 
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
 @pytest.mark.parametrize("preset", ["adder", "multiply"])
 @pytest.mark.parametrize(
     "fields", [{}, {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3}, {"centered": True}], ids=str
 )
-def test_explicit_meshes(preset, fields):
+def test_explicit_meshes(preset, fields, is_set):
     config = dataclasses.replace(TINY, implementation=None, **PRESETS[preset], **fields)
     model = VisionTransformer(config)
     params = init(model)
@@ -292,9 +294,9 @@ def test_explicit_meshes(preset, fields):
 
     expected = jax.jit(gradient)(params, images(config))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        rows = jax.device_put(images(config), NamedSharding(mesh, PartitionSpec("data")))
-        whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    rows = jax.device_put(images(config), NamedSharding(mesh, PartitionSpec("data")))
+    whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
         found = jax.jit(gradient)(whole, rows)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for (path, wanted), leaf in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found)):

@@ -3,6 +3,7 @@
 Each test compares with the plain call, whose numbers the conformance suite checks.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -164,14 +165,16 @@ def test_sharded_rows_stay_sharded():
     assert "all-gather" not in compiled.as_text() and "all-reduce" not in compiled.as_text()
 
 
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
 @pytest.mark.parametrize("name", SHARDINGS)
-def test_explicit_sharding(name):
+def test_explicit_sharding(name, is_set):
+    """On the mesh of `jax.set_mesh`, or on that of the arrays alone, which is what `jax.make_mesh` gives."""
     spec_x, spec_y, options = SHARDINGS[name]
     x, y = normal(0, 4, 6, 64), normal(1, 64, 32)
     expected = adder_matmul(x, y), gradients(x, y, **options)
     explicit = mesh(AxisType.Explicit)
-    with jax.set_mesh(explicit):
-        placed = jax.device_put(x, spec_x), jax.device_put(y, spec_y)
+    placed = [jax.device_put(a, NamedSharding(explicit, spec)) for a, spec in ((x, spec_x), (y, spec_y))]
+    with jax.set_mesh(explicit) if is_set else contextlib.nullcontext():
         out, vjp = jax.jit(functools.partial(jax.vjp, functools.partial(adder_matmul, **options)))(*placed)
         cotangent = jax.device_put(
             jnp.cos(expected[0]), NamedSharding(explicit, jax.typeof(out).sharding.spec)
@@ -180,14 +183,28 @@ def test_explicit_sharding(name):
     assert_close((out, actual), expected)
 
 
-def test_explicit_attention_with_sharded_batch():
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
+@pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])
+def test_explicit_attention(is_set, axis):
     q, k, v = (normal(i, 4, 6, 2, 16) for i in range(3))
-    expected = adder_attention(q, k, v)
-    with jax.set_mesh(mesh(AxisType.Explicit)):
-        placed = [jax.device_put(a, P("d", None, None, None)) for a in (q, k, v)]
-        actual = jax.jit(adder_attention)(*placed)
-        assert jax.typeof(actual).sharding.spec[0] == "d"
+
+    def run(q, k, v):
+        out, vjp = jax.vjp(adder_attention, q, k, v)
+        return out, vjp(jnp.cos(out))
+
+    expected = run(q, k, v)
+    explicit, spec = mesh(AxisType.Explicit), P(*(("d" if i == axis else None) for i in range(4)))
+    placed = [jax.device_put(a, NamedSharding(explicit, spec)) for a in (q, k, v)]
+    with jax.set_mesh(explicit) if is_set else contextlib.nullcontext():
+        actual = jax.jit(run)(*placed)
+    assert jax.typeof(actual[0]).sharding.spec[axis] == "d"
     assert_close(actual, expected)
+
+
+def test_explicit_axes_without_jit():
+    x, y = normal(0, 4, 6, 64), normal(1, 64, 32)
+    placed = jax.device_put(x, NamedSharding(mesh(AxisType.Explicit), P("d")))
+    assert_close(adder_matmul(placed, y), adder_matmul(x, y))
 
 
 @pytest.mark.parametrize("check_vma, options", [(True, RULES[0]), (True, RULES[1]), (False, RULES[1])])

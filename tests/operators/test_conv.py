@@ -1,5 +1,6 @@
 """adder_conv against a float64 definition written from loops, and its contract."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -254,10 +255,13 @@ def test_sharded_batch():
     local = functools.partial(gradients, **GROUPS)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("d"), P()), out_specs=(P("d"), P()))
     assert_close(jax.jit(mapped)(x, kernel), expected[1])
-    with jax.set_mesh(jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))):
-        explicit = jax.jit(forward)(jax.device_put(x, P("d")), kernel)
-        assert jax.typeof(explicit).sharding.spec[0] == "d"
-    assert_close(explicit, expected[0])
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    rows, whole = (jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((x, P("d")), (kernel, P())))
+    for context in (jax.set_mesh(mesh), contextlib.nullcontext()):
+        with context:
+            explicit = jax.jit(forward)(rows, whole)
+            assert jax.typeof(explicit).sharding.spec[0] == "d"
+            assert_close((explicit, jax.jit(local)(rows, whole)), expected)
 
 
 def test_remat_and_export_with_symbolic_batch():
