@@ -52,7 +52,8 @@ class Implementation(NamedTuple):
 
     Attributes:
         forward: (x, y) -> [..., M, N].
-        gradient_x: (x, y, g, rule) -> [..., M, K], for every rule but "full".
+        gradient_x: (x, y, g, rule) -> [..., M, K], for every rule but "full", and rules that are
+            functions only where it can be compiled for all platforms.
         gradient_y: (x, y, g, rule) -> [..., K, N], likewise.
         platforms: lowering platforms it can be compiled for; None means all.
         refuses: (x, y) -> the reason why it does not take these operands, or None.
@@ -166,12 +167,15 @@ def dispatch(method: str, operands, static, implementation: str | None, log: boo
 
         return logged
 
+    # Kernels are written for the named rules.
+    by_kernels = not any(isinstance(item, Rule) and callable(item.kind) for item in static)
     if implementation is not None:
-        return _differentiable(runner(implementation), runner(_FALLBACK))(*operands)
+        named = by_kernels or IMPLEMENTATIONS[implementation].platforms is None
+        return _differentiable(runner(implementation if named else _FALLBACK), runner(_FALLBACK))(*operands)
     special = {
         platform: runner(name)
         for platform, name in _PREFERRED.items()
-        if IMPLEMENTATIONS[name].refuses(*operands[:2]) is None
+        if by_kernels and IMPLEMENTATIONS[name].refuses(*operands[:2]) is None
     }
     if not special:
         return runner(_FALLBACK)(*operands)

@@ -43,8 +43,8 @@ def refuses(query, key, value, mask, bias, rule_query: Rule, rule_key: Rule) -> 
         return reason
     if mask is not None or bias is not None:
         return "they know no mask and no bias"
-    if "full" in (rule_query.kind, rule_key.kind):
-        return 'they know no "full" rule'
+    if not {rule_query.kind, rule_key.kind} <= {"hardtanh", "sign"}:
+        return "they know the rules hardtanh and sign"
     if max(query.shape[-1], value.shape[-1]) > DEEPEST:
         return f"no head may be deeper than {DEEPEST}"
     return "there is nothing to compute" if 0 in (*query.shape, *value.shape) else None

@@ -79,8 +79,8 @@ def refuses(query, key, value, mask, bias, rule_query: Rule, rule_key: Rule) -> 
         return "an operand is empty"
     if mask is not None or bias is not None:
         return "the kernels add no bias and apply no mask"
-    if "full" in (rule_query.kind, rule_key.kind):
-        return 'the rule "full" is a matrix product, which XLA does as well'
+    if not {rule_query.kind, rule_key.kind} <= {"hardtanh", "sign"}:
+        return 'they know hardtanh and sign; the rule "full" is a matrix product, which XLA does as well'
     least, most = _DEPTHS
     if not all(least <= array.shape[-1] <= most for array in (query, value)):
         return f"heads need a depth from {least} to {most}"

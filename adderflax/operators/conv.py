@@ -80,7 +80,7 @@ def adder_conv(
         feature_group_count: groups of channels; the o-th of equally many groups of filters sees the
             o-th group of channels alone. C makes it depthwise.
         p: exponent of the distance, from 1 to 2 (see `adder_matmul`).
-        grad_x: rule for x: "full", "hardtanh", ("hardtanh", slope) or "sign".
+        grad_x: rule for x: "full", "hardtanh", ("hardtanh", slope), "sign" or a function.
         grad_kernel: rule for the kernel, likewise.
         implementation: as in `adder_matmul`.
 

@@ -81,7 +81,9 @@ def adder_matmul(
         p: exponent of the distance, from 1 to 2. The Python number 1 selects the kernels for the L1
             distance. Any other number or a scalar array, which may be traced and is clipped to 1..2,
             selects a slower XLA form, one compiled program for all p.
-        grad_x: rule for x: "full", "hardtanh", ("hardtanh", slope) or "sign".
+        grad_x: rule for x: "full", "hardtanh", ("hardtanh", slope), "sign", or a function of the
+            difference, elementwise, for which XLA's operations compute the gradient on every platform.
+            Functions are compared by identity: a new lambda at each call compiles anew.
         grad_y: rule for y, likewise.
         implementation: a name in `available_implementations()`, used as given, or None to
             choose by the platform for which the program is lowered.

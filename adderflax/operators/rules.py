@@ -6,18 +6,23 @@ Adder networks therefore replace it by a function of the difference d:
 * "full": d, the gradient of the squared distance (half of it), AdderNet's rule for weights;
 * "hardtanh": clip(d, -1, 1), AdderNet's rule for inputs;
 * ("hardtanh", slope), or "hardtanh:SLOPE": clip(slope * d, -1, 1);
-* "sign": sign(d), the true derivative.
+* "sign": sign(d), the true derivative;
+* a function of d, elementwise: a rule of your own, which XLA's operations compute.
 """
 
 import numbers
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-GradientRule = str | tuple[Literal["hardtanh"], float]
+GradientRule = str | tuple[Literal["hardtanh"], float] | Callable[[jax.Array], jax.Array]
 
-ALLOWED_RULES = '"full", "hardtanh", "sign", and with a slope ("hardtanh", 4.0) or "hardtanh:4"'
+ALLOWED_RULES = (
+    '"full", "hardtanh", "sign", with a slope ("hardtanh", 4.0) or "hardtanh:4", and a function of the'
+    " difference, elementwise"
+)
 _SLOPES = (1e-30, 1e30)  # both a slope and its inverse are normal float32 numbers
 
 
@@ -25,11 +30,11 @@ class Rule(NamedTuple):
     """A gradient rule in canonical, hashable form.
 
     Attributes:
-        kind: "full", "hardtanh" or "sign".
+        kind: "full", "hardtanh", "sign", or a function of the difference.
         slope: factor before the clip of "hardtanh"; 1.0 for the other kinds.
     """
 
-    kind: str
+    kind: str | Callable[[jax.Array], jax.Array]
     slope: float = 1.0
 
 
@@ -37,14 +42,18 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
     """Checks a rule as users write it and returns its canonical form.
 
     Args:
-        rule: "full", "hardtanh", "sign", ("hardtanh", slope) or "hardtanh:SLOPE".
+        rule: "full", "hardtanh", "sign", ("hardtanh", slope), "hardtanh:SLOPE" or a function.
         argument: name of the argument that carried it, for the error message.
 
     Raises:
-        ValueError: the rule is none of those, or its slope is not a number from 1e-30 to 1e30.
+        ValueError: the rule is none of those, its slope is not a number from 1e-30 to 1e30, or the
+            function is not hashable or not elementwise on float32.
     """
     if isinstance(rule, Rule):
         rule = rule.kind if rule.slope == 1.0 else (rule.kind, rule.slope)
+    if callable(rule):
+        _check_function(rule, argument)
+        return Rule(rule)
     if isinstance(rule, str):
         if rule in ("full", "hardtanh", "sign"):
             return Rule(rule)
@@ -63,6 +72,24 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
     raise ValueError(f"{argument}: unknown gradient rule {rule!r}; allowed are {ALLOWED_RULES}.")
 
 
+def _check_function(rule: Callable[[jax.Array], jax.Array], argument: str) -> None:
+    difference = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    try:
+        hash(rule)
+        found = jax.eval_shape(rule, difference)
+        fits = (found.shape, found.dtype) == (difference.shape, difference.dtype)
+    except Exception as error:  # of a function that is not ours
+        raise ValueError(
+            f"{argument}: the gradient rule {rule!r} is to be a hashable function of an array of differences,"
+            f" elementwise; it failed with {type(error).__name__}: {error}"
+        ) from error
+    if not fits:
+        raise ValueError(
+            f"{argument}: the gradient rule {rule!r} is to be elementwise: of differences float32 [2, 3] it"
+            f" gave {found.dtype} {list(found.shape)}. Return an array of their shape and dtype."
+        )
+
+
 def _number(text: str) -> float | str:
     try:
         return float(text)
@@ -76,6 +103,8 @@ def apply_rule(rule: Rule, difference: jax.Array) -> jax.Array:
         return difference
     if rule.kind == "sign":
         return jnp.sign(difference)
+    if callable(rule.kind):
+        return rule.kind(difference)
     if rule.slope != 1.0:
         difference = difference * jnp.asarray(rule.slope, difference.dtype)
     return jnp.clip(difference, -1.0, 1.0)
