@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--bits", type=int, default=8, help=f"of inputs and templates, {BITS[0]} to {BITS[-1]}"
     )
     parser.add_argument(
-        "--calibration", type=int, default=256, help="training images, some hundred (default 256)"
+        "--calibration", type=int, help="training images, some hundred (default 256, or all of fewer)"
     )
     parser.add_argument("--vectors", type=int, default=2, help="test images to trace (default 2)")
     parser.add_argument("--evaluate", action="store_true", help="classify the whole test part, too")

@@ -53,8 +53,8 @@ class AdderDense(nn.Module):
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the templates.
       epsilon: added to the variance in the LayerNorm.
-      grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign", "full" or a function of
-        the difference (see `adderflax.adder_matmul`).
+      grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign", "full" or a function
+        of the difference (see `adderflax.adder_matmul`).
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
       power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.
@@ -116,8 +116,8 @@ class AdderConv(nn.Module):
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the templates.
       epsilon: added to the variance in the LayerNorm.
-      grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign", "full" or a function of
-        the difference (see `adderflax.adder_matmul`).
+      grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign", "full" or a function
+        of the difference (see `adderflax.adder_matmul`).
       grad_kernel: gradient rule towards the templates; "full" is AdderNet's.
       implementation: operator implementation; None picks by platform.
       power_activation: whether `signed_power` follows the normalization, with the parameter ``power``.

@@ -1,13 +1,18 @@
 """Every configuration file: it parses in every arithmetic and its docstring tells how to run it."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from adderflax.data import DatasetInfo
 from adderflax.models import resnet, vit
+from adderflax.models.classifier import abstract_variables
+from adderflax.models.families import build_model
 from adderflax.training.config import ConfigError, RunConfig, default_config
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -45,11 +50,13 @@ def arithmetics(file):
 
 
 @pytest.mark.parametrize(("file", "arithmetic", "preset"), [p for file in FILES for p in arithmetics(file)])
+@jax.numpy_dtype_promotion("standard")  # some compute in bfloat16
 def test_config_describes_a_run(file, arithmetic, preset):
     module = load(file)
     run = RunConfig.parse(module.get_config(arithmetic))
     model = run.model_config(describe(run.data.name))
     assert all(getattr(model, name) == value for name, value in preset.items())
+    assert run.idle_fields(model, abstract_variables(build_model(model))["params"]) == []
     assert f"python train.py --config configs/{file.name}" in module.__doc__
     for word in ("Hardware:", "Accuracy and time:"):
         assert word in module.__doc__
@@ -81,6 +88,26 @@ def test_the_warm_model_is_the_taught_one_from_its_teachers_weights(name):
     assert (warm.epochs, warm.batch_size, warm.optimizer.learning_rate) == (2.0, 64, 5e-4)
     assert warm.augment.flip and not warm.augment.cutmix_alpha and not warm.augment.label_smoothing
     assert f"configs/{file.name}:warm" in load(file).__doc__
+
+
+@pytest.mark.parametrize(
+    ("changed", "idle"),
+    [
+        ({}, []),
+        ({"model.grad_inputs": "sign", "model.centered": True}, ["model.grad_inputs", "model.centered"]),
+        ({"model.grad_query": "sign", "anneal_fraction": 0.5}, ["anneal_fraction", "model.grad_query"]),
+        ({"augment.crop_scale": (0.5, 1.0)}, ["augment.crop_scale"]),
+    ],
+)
+def test_fields_that_do_nothing_are_named(changed, idle):
+    config = default_config("multiply")
+    config.update_from_flattened_dict(changed)
+    run = RunConfig.parse(config)
+    model = run.model_config(describe("digits"))
+    assert run.idle_fields(model, {"fc1": {"kernel": np.ones((2, 2))}}) == idle
+    adder = dataclasses.replace(model, similarity="l1")
+    templates = {"fc1": {"adder_kernel": np.ones((2, 2))}}
+    assert run.idle_fields(adder, templates) == [name for name in idle if name.startswith("augment")]
 
 
 def test_no_figure_is_left_open():

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from adderflax.analysis.energy_tables import CONVENTIONS, SOFTWARE, Energy, EnergyTable, energy
+from adderflax.analysis.energy_tables import CONVENTIONS, SOFTWARE, Energy, EnergyTable, priced
 from adderflax.analysis.ledger import Entry, Ledger
 from adderflax.analysis.primitives import ADDER, PRODUCT
 
@@ -77,8 +77,8 @@ class Report:
     def total(self, convention: str) -> tuple[Energy, Energy]:
         """Energies of the model and of the twin."""
         return (
-            energy(self.model, convention, self.table, self.memory),
-            energy(self.twin, convention, self.table, self.memory),
+            priced(self.model, convention, self.table, self.memory),
+            priced(self.twin, convention, self.table, self.memory),
         )
 
     def product_memory(self) -> tuple[float, float]:
@@ -90,7 +90,7 @@ class Report:
         for ledger in (self.model, self.twin):
             entries = (entry for entry in ledger.entries if entry.kind in (PRODUCT, ADDER))
             products = Ledger(tuple(entries))
-            found.append(energy(products, "full", self.table, self.memory).memory)
+            found.append(priced(products, "full", self.table, self.memory).memory)
         return found[0], found[1]
 
     def as_json(self, convention: str) -> dict[str, Any]:
@@ -172,11 +172,11 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
     position = {name: index for index, name in enumerate(_ORDER)}
     ordered = sorted(names, key=lambda name: position.get(name, position["head"] + 0.5))
 
-    def priced(ledger: Ledger) -> dict[str, Energy]:
-        return {name: energy(ledger, name, table, memory) for name in CONVENTIONS}
+    def by_convention(ledger: Ledger) -> dict[str, Energy]:
+        return {name: priced(ledger, name, table, memory) for name in CONVENTIONS}
 
     empty = Ledger(())
-    parts = (Part(n, priced(ours.get(n, empty)), priced(theirs.get(n, empty))) for n in ordered)
+    parts = (Part(n, by_convention(ours.get(n, empty)), by_convention(theirs.get(n, empty))) for n in ordered)
     return Report(model, twin, table, memory, tuple(parts))
 
 

@@ -29,6 +29,7 @@ What the sources have no figure for is modeled, and matters in the convention "f
 """
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 
@@ -270,12 +271,29 @@ def energy(
             memory traffic.
 
     Returns:
-        The energy in millijoules.
+        The energy in millijoules. A warning names what it leaves out.
 
     Raises:
         ValueError: an unknown convention, table or memory level, or a number format for which
             the table has no figures.
     """
+    if names := sorted({found.primitive for found in (*ledger.unknown, *ledger.open_loops)}):
+        warnings.warn(
+            f"Energy does not cover all of this program: {', '.join(names)}. A primitive that is not known is"
+            " left out, and a loop of unknown length is counted for one turn; `Ledger.unknown` and"
+            " `Ledger.open_loops` say where.",
+            stacklevel=2,
+        )
+    return priced(ledger, convention, table, memory)
+
+
+def priced(
+    ledger: Ledger,
+    convention: str = "paper",
+    table: EnergyTable | str = "fp32",
+    memory: str = MEMORY_DEFAULT,
+) -> Energy:
+    """`energy` for a caller that tells itself what is left out."""
     if convention not in CONVENTIONS:
         raise ValueError(f"convention={convention!r} is not known; {_choices(CONVENTIONS)}.")
     if isinstance(table, str):

@@ -57,6 +57,7 @@ from adderflax.training.workdir import (
 
 _INTEGERS, _VECTORS = "integers.npz", "vectors.npz"
 _INTEGER_ONLY = "integer_only"
+_CALIBRATION = 256  # images, where a set has as many
 _FORMAT = 2  # 1: an L1 aggregation was -sum |weights - values|
 _EVALUATED_AT_ONCE = 100
 # What reading a damaged file of ours ends with.
@@ -68,7 +69,7 @@ def export_workdir(
     directory: str | Path,
     *,
     bits: int = 8,
-    calibration: int = 256,
+    calibration: int | None = None,
     vectors: int = 2,
     evaluate: bool = False,
     integer_only: bool = False,
@@ -81,7 +82,7 @@ def export_workdir(
       workdir: the run's directory.
       directory: where to write; it must not hold anything yet.
       bits: of inputs and templates, 2 to 8.
-      calibration: how many training images choose the grids.
+      calibration: how many training images choose the grids; None takes 256, or all where there are fewer.
       vectors: how many test images are traced into vectors.npz.
       evaluate: also classify the whole test part, with integers and without.
       integer_only: also write the model without a float anywhere; it must be a Vision Transformer.
@@ -103,6 +104,8 @@ def export_workdir(
     model, variables, info = load_model(workdir, best=best)
     data = RunConfig.parse(data_from(read_config(workdir), data_dir)).data
     dataset = load_dataset(data)
+    if calibration is None:
+        calibration = min(_CALIBRATION, len(dataset.train))
     for name, count, part in (("calibration", calibration, "train"), ("vectors", vectors, "test")):
         if not 1 <= count <= len(dataset.part(part)):
             raise ValueError(

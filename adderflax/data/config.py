@@ -53,6 +53,9 @@ class DataConfig:
         and the decoded training split is below 1 GiB.
       train_examples: use only the first so many images of the training part, after the fixed
         permutation; None means all. For studies on a subset.
+      mean: per channel, in units of 0..1, which is subtracted from pixels. None means the set's
+        own of cifar10, cifar100, mnist and digits, ImageNet's of other color and 0.5 of other grey sets.
+      std: per channel, by which pixels are divided then, likewise.
     """
 
     name: str = "digits"
@@ -64,8 +67,20 @@ class DataConfig:
     workers: int = 0
     cache: bool | None = None
     train_examples: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, least in (("mean", 0.0), ("std", 1e-6)):
+            if (value := getattr(self, name)) is not None:
+                _require(
+                    isinstance(value, (tuple, list))
+                    and len(value) in (1, 3)
+                    and all(_is_number(item, least, 1.0) for item in value),
+                    f"data.{name} must be a number for each channel, 1 or 3 of them, from {least:g} to 1, or "
+                    f"None for the set's, not {value!r}: pixels are taken as 0..1.",
+                )
+                object.__setattr__(self, name, tuple(value))
         _require(
             isinstance(self.name, str) and bool(self.name.strip()),
             f"data.name must name an image set, such as 'digits' or 'cifar10', not {self.name!r}.",

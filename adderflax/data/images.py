@@ -36,6 +36,26 @@ def open_image(stored: bytes | np.ndarray) -> Image.Image:
     return Image.fromarray(stored[..., 0] if stored.shape[-1] == 1 else stored)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image as it is meant to be seen: turned as its EXIF says, and of 8 bits a channel.
+
+    Raises:
+      ValueError: if its mode does not say what its brightest value is.
+    """
+    from PIL import Image, ImageOps
+
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"An image of mode {image.mode!r} does not say what its brightest value is: "
+            f"scale it to 0..255 and pass it as uint8."
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow would clip at 255 rather than scale.
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image
+
+
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """Converts to grey (1 channel) or RGB (3 channels)."""
     mode = "L" if channels == 1 else "RGB"
@@ -166,18 +186,10 @@ def preprocess_image(image: Any, info: DatasetInfo) -> np.ndarray:
     Raises:
       ValueError: if the array or the image's mode is none of those.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(image, Image.Image):
-        if image.mode in ("I", "F"):
-            raise ValueError(
-                f"An image of mode {image.mode!r} does not say what its brightest value is: "
-                f"scale it to 0..255 and pass it as uint8."
-            )
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            # Pillow would clip at 255 rather than scale.
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = upright(image)
     else:
         array = np.asarray(image)
         if array.ndim == 3 and array.shape[-1] == 1:

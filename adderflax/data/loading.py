@@ -83,8 +83,8 @@ def _part(config: DataConfig, raw: RawDataset) -> Dataset:
         class_names=raw.class_names,
         image_size=size,
         channels=raw.channels,
-        mean=raw.mean,
-        std=raw.std,
+        mean=_per_channel(config, "mean", raw),
+        std=_per_channel(config, "std", raw),
         eval_resize=resize,
         train_examples=len(train_positions),
         validation_examples=len(validation_positions),
@@ -96,6 +96,16 @@ def _part(config: DataConfig, raw: RawDataset) -> Dataset:
         validation=validation,
         test=ImageSource(raw.test, raw.test_positions, view, decoded_test, sequential),
     )
+
+
+def _per_channel(config: DataConfig, name: str, raw: RawDataset) -> tuple[float, ...]:
+    given = getattr(config, name)
+    if given is not None and len(given) != raw.channels:
+        raise ValueError(
+            f"data.{name}={given!r} has {len(given)} numbers, and the images of {config.name} have "
+            f"{raw.channels} channels: give as many."
+        )
+    return getattr(raw, name) if given is None else given
 
 
 def _split_off(config: DataConfig, positions: np.ndarray, sequential: bool) -> tuple[np.ndarray, np.ndarray]:

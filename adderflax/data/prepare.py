@@ -21,6 +21,7 @@ from urllib import parse
 
 from adderflax import pipes
 from adderflax.data.config import DatasetNotReadyError
+from adderflax.data.folder import FolderError, read_folder, store
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -35,6 +36,11 @@ def command(name: str, data_dir: str | None) -> str:
     """Returns the command line that prepares a set."""
     words = ["python", "-m", "adderflax.data.prepare", name]
     return " ".join(words + ([f"--data_dir={data_dir}"] if data_dir else []))
+
+
+def place_of(data_dir: str | None) -> str:
+    """Where tensorflow-datasets looks for prepared sets."""
+    return data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -54,7 +60,7 @@ def not_ready(name: str, data_dir: str | None, reason: str, remedy: str = "") ->
     Raises:
       DatasetNotReadyError: always.
     """
-    place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    place = place_of(data_dir)
     remedy = remedy or (
         f"On a machine with a network and TensorFlow, `{command(name, data_dir)}` downloads and "
         f"prepares it once; the directory can be copied to machines that have neither."
@@ -108,22 +114,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("name", help="such as cifar10 or imagenette/160px-v2")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument(
+        "--folder",
+        help="store the images of this folder under NAME: FOLDER/CLASS/*, or FOLDER/train/CLASS/* and"
+        " FOLDER/test/CLASS/*",
+    )
     parser.add_argument(_REASON_ONLY, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.name == "digits":
+    if options.name == "digits" and options.folder is None:
         print("digits comes with scikit-learn and is ready: nothing is to be prepared")
         return 0
     try:
         # tensorflow-datasets reports its progress on both streams.
         with contextlib.redirect_stdout(sys.stderr):
-            builder = _prepare(options.name, options.data_dir)
+            builder, told = _prepare(options.name, options.data_dir, options.folder)
     except KeyboardInterrupt:
         reason = "preparing it was interrupted"
     except Exception as error:  # Whatever went wrong inside is told in one sentence.
         reason = _one_line(options.name, error)
     else:
         splits = (f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items())
-        print(f"{options.name} is ready in {builder.data_path}: {', '.join(splits)} images")
+        print(f"{options.name} is ready in {builder.data_path}: {', '.join(splits)} images{told}")
         return 0
     if options.reason_only:
         print(reason)
@@ -136,13 +147,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
-def _prepare(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _prepare(name: str, data_dir: str | None, folder: str | None) -> tuple[tfds.core.DatasetBuilder, str]:
+    """The set, prepared, and what there is to say of it."""
     # TensorFlow must not take memory of an accelerator that trains; this comes before anything
     # that could load it.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow_datasets as tfds
 
+    if folder is not None:
+        found = read_folder(folder)
+        builder = store(found, name, data_dir)
+        own = (f"'--config.data.{key}={getattr(found, key)}'".replace(" ", "") for key in ("mean", "std"))
+        return builder, f" of {len(found.class_names)} classes, for a run with {' '.join(own)}"
     builder = tfds.builder(name, data_dir=data_dir)
     if not is_prepared(builder) and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         _require_network(builder.url_infos or {})
@@ -152,7 +169,7 @@ def _prepare(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         tf.config.set_visible_devices([], kind)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     builder.download_and_prepare(file_format="array_record")
-    return builder
+    return builder, ""
 
 
 def _require_network(urls: dict[str, object]) -> None:
@@ -170,7 +187,7 @@ def _require_network(urls: dict[str, object]) -> None:
 
 
 def _one_line(name: str, error: Exception) -> str:
-    if isinstance(error, ConnectionError):
+    if isinstance(error, (ConnectionError, FolderError)):
         return str(error)
     if type(error).__name__ == "DatasetNotFoundError":  # its text lists every set there is
         import tensorflow_datasets as tfds

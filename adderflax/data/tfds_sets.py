@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from adderflax.data.config import DataConfig
-from adderflax.data.prepare import is_prepared, not_ready, prepare_in_child
+from adderflax.data.prepare import command, is_prepared, not_ready, place_of, prepare_in_child
 from adderflax.data.sources import RawDataset, Split
 
 if TYPE_CHECKING:
@@ -153,10 +154,16 @@ def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:
             f"reading it needs tensorflow-datasets, which cannot be imported here ({error})",
             "`pip install -r requirements.txt` installs it.",
         )
+    if config.name.startswith(("/", ".", "~")) or os.path.isdir(os.path.join(config.name, "")):
+        raise ValueError(
+            f"data.name={config.name!r} is a path, and the name of a set belongs there. A folder of images "
+            f"by class becomes one by `{command('NAME', config.data_dir)} --folder={config.name}`; then give "
+            f"data.name=NAME."
+        )
     try:
         return tfds.builder(config.name, data_dir=config.data_dir)
     except tfds.core.DatasetNotFoundError:
-        _unknown(config.name, tfds.list_builders(with_community_datasets=False))
+        _unknown(config, tfds.list_builders(with_community_datasets=False))
     except ImportError as error:
         not_ready(
             config.name,
@@ -171,16 +178,29 @@ def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:
         ) from error
 
 
-def _unknown(name: str, known: list[str]) -> NoReturn:
-    base = name.split("/")[0].split(":")[0]
-    close = difflib.get_close_matches(base, ["digits", *known], n=3, cutoff=0.6)
+def _unknown(config: DataConfig, known: list[str]) -> NoReturn:
+    base = config.name.split("/")[0].split(":")[0]
+    place = place_of(config.data_dir)
+    there = _prepared_in(place)
+    close = difflib.get_close_matches(base, ["digits", *there, *known], n=3, cutoff=0.6)
     did_you_mean = f" Did you mean {' or '.join(close)}?" if close else ""
+    held = f"holds {', '.join(there)}" if there else "holds none"
     raise ValueError(
-        f"There is no image set called {name!r}.{did_you_mean} data.name is 'digits' or the name "
+        f"There is no image set called {config.name!r}.{did_you_mean} data.name is 'digits', the name "
         f"of an image classification set of tensorflow-datasets, such as cifar10, cifar100, "
-        f"mnist, imagenette/160px-v2 or imagenet2012; "
-        f"https://www.tensorflow.org/datasets/catalog lists them."
+        f"mnist, imagenette/160px-v2 or imagenet2012 "
+        f"(https://www.tensorflow.org/datasets/catalog lists them), or that of a set of your own which "
+        f"lies prepared in data.data_dir; {place} {held}."
     )
+
+
+def _prepared_in(place: str) -> list[str]:
+    """Sets, with their configuration, that lie in a directory."""
+    if "://" in place:
+        return []
+    root = pathlib.Path(place).expanduser()
+    found = root.glob("*/**/dataset_info.json")
+    return sorted({file.parent.parent.relative_to(root).as_posix() for file in found})
 
 
 def _keys(config: DataConfig, builder: tfds.core.DatasetBuilder) -> tuple[str, str]:

@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
 from adderflax.models.families import MODULES, ModelConfig, config_class
+from adderflax.training import optimizer
 from adderflax.training.distillation import DistillationConfig
 from adderflax.training.optimizer import OptimizerConfig
 from adderflax.training.sharding import MeshConfig
@@ -223,6 +224,20 @@ class RunConfig:
             raise ConfigError(
                 f"model.variant={self.model['variant']!r} does not fit the data set {info.name!r}: {error}"
             ) from error
+
+    def idle_fields(self, model: ModelConfig, params: Any) -> list[str]:
+        """Names of fields that are set, and have no effect on this model, whose parameters these are."""
+        idle = optimizer.idle_fields(self.optimizer, params)
+        silent = []
+        if not optimizer.has_templates(params):
+            silent = ["grad_inputs", "grad_kernel", "centered", "power_activation"]
+            idle += ["anneal_fraction"] * bool(self.anneal_fraction)
+        if getattr(model, "similarity", None) != "l1":
+            silent += ["grad_query", "grad_key"]
+        idle += [f"model.{name}" for name in silent if self.model.get(name)]
+        if not self.augment.random_resized_crop and self.augment.crop_scale != AugmentConfig().crop_scale:
+            idle.append("augment.crop_scale")
+        return idle
 
     def num_steps(self, info: DatasetInfo) -> int:
         """Number of updates of the run."""

@@ -220,14 +220,18 @@ def decay_mask(params: Any, decay_adder: bool, decay_rest: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def without_templates(config: OptimizerConfig, anneal_fraction: float, params: Any) -> list[str]:
-    """Fields of a run that are set for adder templates although there are none among the parameters."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if any(map(is_adder_parameter, paths)):
-        return []
-    fields, unset = ("adder_multiplier", "adder_local_rate", "decay_adder"), OptimizerConfig()
-    idle = [f"optimizer.{name}" for name in fields if getattr(config, name) != getattr(unset, name)]
-    return [*idle, "anneal_fraction"] if anneal_fraction else idle
+def has_templates(params: Any) -> bool:
+    """Whether adder templates are among the parameters."""
+    return any(is_adder_parameter(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+
+
+def idle_fields(config: OptimizerConfig, params: Any) -> list[str]:
+    """Fields that are set, and have no effect with this optimizer on these parameters."""
+    idle = {"adamw": ["momentum", "nesterov"], "sgd": ["beta1", "beta2", "epsilon"]}[config.name]
+    if not has_templates(params):
+        idle += ["adder_multiplier", "adder_local_rate", "decay_adder"]
+    unset = OptimizerConfig()
+    return [f"optimizer.{name}" for name in idle if getattr(config, name) != getattr(unset, name)]
 
 
 def is_adder_parameter(path: tuple) -> bool:

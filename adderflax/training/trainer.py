@@ -17,7 +17,6 @@ from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.config import RunConfig, as_config_error, default_config
 from adderflax.training.metrics import MetricsWriter, read_metrics
-from adderflax.training.optimizer import without_templates
 from adderflax.training.preemption import StopSignals
 from adderflax.training.restore import (
     config_here,
@@ -247,8 +246,8 @@ def train(
         environment.record_start(workdir, first)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)
-        if idle := without_templates(run.optimizer, run.anneal_fraction, state.params):
-            print(f"Without effect, because this model has no adder templates: {', '.join(idle)}", flush=True)
+        if idle := run.idle_fields(trainer.model.config, state.params):
+            print(f"Without effect in this run: {', '.join(idle)}", flush=True)
         with (
             MetricsWriter(workdir, first) as writer,
             StepLog(

@@ -260,6 +260,11 @@ def test_the_json_says_what_it_was_computed_with_and_what_it_lacks():
     assert (found["table"], found["memory"]) == ("fp16", "dram")
     assert found["counts"]["model"]["not_counted"] == [{"primitive": "cholesky", "path": "", "calls": 1}]
     assert found["counts"]["twin"]["not_counted"] == []
+    with pytest.warns(UserWarning, match="does not cover all of this program: cholesky. A primitive that is"):
+        assert energy(ledger).total == 0.0
+    loop = count_operations(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x), array())
+    with pytest.warns(UserWarning, match="this program: while.*a loop of unknown length is counted for one"):
+        energy(loop)
 
 
 def test_full_prices_everything_else_and_memory():

@@ -10,9 +10,9 @@ from adderflax.training.optimizer import (
     OptimizerConfig,
     adaptive_local_rate,
     decay_mask,
+    idle_fields,
     make_optimizer,
     scale_adder_updates,
-    without_templates,
 )
 
 PARAMS = {
@@ -136,15 +136,16 @@ def test_adam_steps_are_of_equal_relative_size():
     np.testing.assert_allclose(relative_adder, relative_dense, rtol=1e-5)
 
 
-def test_fields_that_have_no_templates_to_act_on_are_named():
+def test_fields_that_have_nothing_to_act_on_are_named():
     idle = OptimizerConfig(name="sgd", adder_local_rate=0.2, decay_adder=True, adder_multiplier=2.0)
     named = ["optimizer.adder_multiplier", "optimizer.adder_local_rate", "optimizer.decay_adder"]
     params = {name: PARAMS[name] for name in ("head", "class_token")}
-    assert without_templates(idle, 0.5, params) == [*named, "anneal_fraction"]
-    assert without_templates(idle, 0.0, params) == named
-    assert without_templates(OptimizerConfig(), 0.0, params) == []
-    assert without_templates(OptimizerConfig(adder_multiplier=0.0), 0.0, params) == named[:1]
-    assert without_templates(idle, 0.5, PARAMS) == []
+    assert idle_fields(idle, params) == named
+    assert idle_fields(OptimizerConfig(), params) == []
+    assert idle_fields(OptimizerConfig(adder_multiplier=0.0), params) == named[:1]
+    assert idle_fields(idle, PARAMS) == []
+    assert idle_fields(OptimizerConfig(nesterov=True, beta1=0.8), PARAMS) == ["optimizer.nesterov"]
+    assert idle_fields(OptimizerConfig(name="sgd", nesterov=True, beta1=0.8), PARAMS) == ["optimizer.beta1"]
 
 
 def test_decay_mask():
