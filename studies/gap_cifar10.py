@@ -52,6 +52,7 @@ LR3, LR6 = {"optimizer.learning_rate": 3e-3}, {"optimizer.learning_rate": 6e-3}
 MEAN = {"model.pooling": "mean"}
 NEIGHBORS = MEAN | {"model.mlp_kernel_size": 3}
 CENTERED = {"model.centered": True}
+NO_IDENTITY = {"model.identity": False}
 
 
 def lessons(study: str) -> dict[str, dict[str, Any]]:
@@ -133,6 +134,13 @@ NEIGHBOR_FINALS: dict[str, dict[str, Any]] = {
     "adder-neighbors-multiply-taught": TAUGHT | {"model.mlp_convolution": "multiply"},
     "adder-neighbors-multiply-centered": LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"},
     "adder-neighbors-multiply-centered-taught": TAUGHT | CENTERED | {"model.mlp_convolution": "multiply"},
+    # studies/rank_depth.py found the identity to cost adder models accuracy.
+    "adder-neighbors-multiply-centered-no-identity": LR3
+    | NEIGHBORS
+    | CENTERED
+    | NO_IDENTITY
+    | {"model.mlp_convolution": "multiply"},
+    "multiply-neighbors-no-identity": LR3 | NEIGHBORS | NO_IDENTITY,
 }
 NEIGHBOR_CONTROLS: dict[str, dict[str, Any]] = {
     "multiply-neighbors-taught": TAUGHT,
@@ -149,6 +157,12 @@ FULL: dict[str, dict[str, Any]] = {
     "adder-neighbors-multiply": LR3 | NEIGHBORS | {"model.mlp_convolution": "multiply"},
     "adder-neighbors-multiply-centered-taught": MULTIPLY_TAUGHT | CENTERED,
     "adder-neighbors-multiply-centered": LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"},
+    "adder-neighbors-multiply-centered-no-identity": LR3
+    | NEIGHBORS
+    | CENTERED
+    | NO_IDENTITY
+    | {"model.mlp_convolution": "multiply"},
+    "multiply-neighbors-no-identity": LR3 | NEIGHBORS | NO_IDENTITY,
 }
 
 
@@ -190,6 +204,11 @@ def comparisons() -> list[Comparison]:
     found = [Comparison(name, f"screen-{name}", "screen-adder") for name in ALONE if name != "adder"]
     found += [Comparison(name, f"screen-{name}", "screen-adder-lr3") for name in TOGETHER]
     found += against_twins(FINALS)
+    for kind in ("final", "full"):
+        for name in ("adder-neighbors-multiply-centered", "multiply-neighbors"):
+            found.append(
+                Comparison(f"{kind}-{name}, identity", f"{kind}-{name}", f"{kind}-{name}-no-identity")
+            )
     return found + [
         Comparison(f"{kind}-{name} against its twin", f"{kind}-{name}", f"{kind}-multiply-neighbors")
         for kind, names in (("final", NEIGHBOR_FINALS), ("full", FULL))
