@@ -127,21 +127,20 @@ CONTROLS: dict[str, dict[str, Any]] = {"multiply-warm": LR3 | WARM, "multiply-fe
 # The recipe of configs/cifar10_adder_vit.py:taught on the small model: neighbors, and their twin as teacher.
 TEACHER = {"distillation.teacher": "runs/studies/gap_cifar10/final-multiply-neighbors-seed0"}
 TAUGHT = LR3 | NEIGHBORS | TEACHER | {"distillation.features": 1.0, "distillation.soft_labels": 0.5}
+ADDER = LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"}
+# studies/rank_depth.py found the identity to cost adder models accuracy.
+WITHOUT_IDENTITY: dict[str, dict[str, Any]] = {
+    "adder-neighbors-multiply-centered-no-identity": ADDER | NO_IDENTITY,
+    "multiply-neighbors-no-identity": LR3 | NEIGHBORS | NO_IDENTITY,
+}
 NEIGHBOR_FINALS: dict[str, dict[str, Any]] = {
     "multiply-neighbors": LR3 | NEIGHBORS,
     "adder-neighbors": LR3 | NEIGHBORS,
     "adder-neighbors-taught": TAUGHT,
     "adder-neighbors-multiply-taught": TAUGHT | {"model.mlp_convolution": "multiply"},
-    "adder-neighbors-multiply-centered": LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"},
+    "adder-neighbors-multiply-centered": ADDER,
     "adder-neighbors-multiply-centered-taught": TAUGHT | CENTERED | {"model.mlp_convolution": "multiply"},
-    # studies/rank_depth.py found the identity to cost adder models accuracy.
-    "adder-neighbors-multiply-centered-no-identity": LR3
-    | NEIGHBORS
-    | CENTERED
-    | NO_IDENTITY
-    | {"model.mlp_convolution": "multiply"},
-    "multiply-neighbors-no-identity": LR3 | NEIGHBORS | NO_IDENTITY,
-}
+} | WITHOUT_IDENTITY
 NEIGHBOR_CONTROLS: dict[str, dict[str, Any]] = {
     "multiply-neighbors-taught": TAUGHT,
     "adder-neighbors-multiply": LR3 | NEIGHBORS | {"model.mlp_convolution": "multiply"},
@@ -156,14 +155,8 @@ FULL: dict[str, dict[str, Any]] = {
     "multiply-neighbors-taught": MULTIPLY_TAUGHT,
     "adder-neighbors-multiply": LR3 | NEIGHBORS | {"model.mlp_convolution": "multiply"},
     "adder-neighbors-multiply-centered-taught": MULTIPLY_TAUGHT | CENTERED,
-    "adder-neighbors-multiply-centered": LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"},
-    "adder-neighbors-multiply-centered-no-identity": LR3
-    | NEIGHBORS
-    | CENTERED
-    | NO_IDENTITY
-    | {"model.mlp_convolution": "multiply"},
-    "multiply-neighbors-no-identity": LR3 | NEIGHBORS | NO_IDENTITY,
-}
+    "adder-neighbors-multiply-centered": ADDER,
+} | WITHOUT_IDENTITY
 
 
 def rows(

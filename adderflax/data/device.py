@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from adderflax.data.config import AugmentConfig, DatasetInfo
 
@@ -76,8 +77,7 @@ def augment_batch(
         x_BxHxWxC = _erase(erase_key, x_BxHxWxC, config.erasing_probability)
     targets_BxN = jax.nn.one_hot(labels_B, info.num_classes, dtype=jnp.float32)
     if config.label_smoothing > 0.0:
-        even = config.label_smoothing / info.num_classes
-        targets_BxN = targets_BxN * (1.0 - config.label_smoothing) + even
+        targets_BxN = optax.smooth_labels(targets_BxN, config.label_smoothing)
     return _mix(mix_key, x_BxHxWxC, targets_BxN, config)
 
 
