@@ -32,6 +32,7 @@ def test_snippet_runs(code):
         "logits": {(4, 10), (2, 10), (64, 10)},
         "maps": {(2, 3, 65, 65)},
         "attended": {(2, 5, 64)},
+        "templates": {(64, 256)},
     }
     shown = [name for name in shapes if name in names]
     assert shown
@@ -79,6 +80,7 @@ def test_commands_name_files_and_flags_that_exist():
         for flag in (word for word in words if word.startswith("--") and not word.startswith("--config.")):
             assert flag[2:].partition("=")[0] in flags | {
                 "data_dir",
+                "folder",
                 "table",
                 "evaluate",
                 "keep_checkpoints",
