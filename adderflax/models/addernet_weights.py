@@ -18,7 +18,7 @@ import numpy as np
 
 from adderflax.models.classifier import abstract_variables
 from adderflax.models.resnet import AdderResNet, AdderResNetConfig
-from adderflax.models.weight_files import read_weight_file
+from adderflax.models.weight_files import read_weight_file, require_finite
 
 _PREFIX = "module."
 _COUNTER = "num_batches_tracked"  # newer PyTorch counts steps; nothing here depends on it
@@ -45,8 +45,8 @@ def load_addernet_weights(file: str | Path, config: AdderResNetConfig | None = N
       ``AdderResNet(config).apply(variables, images)``.
 
     Raises:
-      ValueError: the file is of another kind, or names or shapes do not fit the network; the message lists
-        them.
+      ValueError: the file is of another kind, names or shapes do not fit the network, or numbers are not
+        finite; the message lists them.
       FileNotFoundError: there is no such file.
       ModuleNotFoundError: the package that reads such files is not installed.
     """
@@ -86,8 +86,9 @@ def convert_addernet_weights(
             f"These weights do not fit {config.blocks} blocks a stage with {config.num_classes} classes, "
             f"convolution={config.convolution!r} and shortcut={config.shortcut!r}. " + " ".join(problems)
         )
-    leaves = [_native(np.asarray(found[name], np.float32)) for name in wanted]
-    return jax.tree.unflatten(tree, leaves)
+    arrays = {name: np.asarray(found[name], np.float32) for name in wanted}
+    require_finite(arrays)
+    return jax.tree.unflatten(tree, [_native(array) for array in arrays.values()])
 
 
 def _official_names(config: AdderResNetConfig) -> tuple[dict[str, tuple[int, ...]], Any]:

@@ -26,7 +26,7 @@ from flax import traverse_util
 
 from adderflax.models.transfer import resize_position_embedding
 from adderflax.models.vit import PRESETS, VisionTransformerConfig
-from adderflax.models.weight_files import read_weight_file
+from adderflax.models.weight_files import read_weight_file, require_finite
 
 _PREFIXES = ("module.", "model.")  # of every name, as PyTorch's DataParallel and Lightning save them
 _WRAPPERS = ("model", "state_dict")  # DeiT's files and timm's training checkpoints
@@ -59,8 +59,8 @@ def load_vit_weights(file: str | Path, config: VisionTransformerConfig) -> dict[
       The float32 parameters, ready for ``VisionTransformer(config).apply({"params": params}, images)``.
 
     Raises:
-      ValueError: the file is of another kind, the model is not a plain ViT, or names or shapes do not fit;
-        the message lists them.
+      ValueError: the file is of another kind, the model is not a plain ViT, names or shapes do not fit, or
+        numbers are not finite; the message lists them.
       FileNotFoundError: there is no such file.
       ModuleNotFoundError: the package that reads such files is not installed.
     """
@@ -119,7 +119,9 @@ def convert_vit_weights(state: Mapping[str, Any], config: VisionTransformerConfi
         state = {name: array for name, array in state.items() if not name.startswith("pre_logits")}
     _require_fit(state, {leaf.name: leaf.shape for leaf in leaves}, config)
 
-    flat = {leaf.path: leaf.convert(_float32(state[leaf.name])) for leaf in leaves}
+    arrays = {leaf.name: _float32(state[leaf.name]) for leaf in leaves}
+    require_finite(arrays)
+    flat = {leaf.path: leaf.convert(arrays[leaf.name]) for leaf in leaves}
     if classes != config.num_classes:
         flat["head/kernel"] = np.zeros((config.embed_dim, config.num_classes), np.float32)
         flat["head/bias"] = np.zeros(config.num_classes, np.float32)

@@ -32,6 +32,16 @@ def read_weight_file(file: str | Path) -> Mapping[str, Any]:
     return readers[file.suffix](file)
 
 
+def require_finite(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises a ValueError that names the arrays with an infinite number or none at all, if there are any."""
+    if broken := [name for name, array in arrays.items() if not np.all(np.isfinite(array))]:
+        listed = ", ".join(broken[:8]) + " ..." * (len(broken) > 8)
+        raise ValueError(
+            f"Weights are not finite in {listed}: their training has diverged, or the file is damaged. Take an"
+            " earlier or another one."
+        )
+
+
 def _pytorch(file: Path) -> Mapping[str, Any]:
     try:
         torch = importlib.import_module("torch")

@@ -149,6 +149,12 @@ def test_names_and_shapes_that_do_not_fit():
         "other shapes: fc.weight has (10, 64) and needs (10, 64, 1, 1).",
     ):
         assert part in str(raised.value)
+    state = official_state(blocks=1)
+    state["conv1.weight"] = state["conv1.weight"] * np.inf
+    with pytest.raises(
+        ValueError, match=r"Weights are not finite in conv1\.weight: their training has diverged"
+    ):
+        convert_addernet_weights(state, SMALL)
 
 
 def test_the_multiplying_twin_reads_its_names():

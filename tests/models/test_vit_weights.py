@@ -231,6 +231,13 @@ def test_names_and_shapes_that_do_not_fit():
         convert_vit_weights({"conv1.weight": np.zeros(1)}, CONFIG)
 
 
+def test_weights_that_are_not_finite():
+    state = dict(timm_state())
+    state["blocks.0.norm1.weight"] = np.full_like(state["blocks.0.norm1.weight"], np.nan)
+    with pytest.raises(ValueError, match=r"Weights are not finite in blocks\.0\.norm1\.weight: .* earlier"):
+        convert_vit_weights(state, CONFIG)
+
+
 def test_models_that_cannot_hold_them():
     with pytest.raises(ValueError, match="distilled DeiT.*this model has one only"):
         convert_vit_weights(timm_state() | {"dist_token": np.zeros((1, 1, D))}, CONFIG)
