@@ -37,8 +37,8 @@ def require_finite(arrays: Mapping[str, np.ndarray]) -> None:
     if broken := [name for name, array in arrays.items() if not np.all(np.isfinite(array))]:
         listed = ", ".join(broken[:8]) + " ..." * (len(broken) > 8)
         raise ValueError(
-            f"Weights are not finite in {listed}: their training has diverged, or the file is damaged. Take an"
-            " earlier or another one."
+            f"Weights are not finite in {listed}: their training has diverged, or the file is damaged. Take"
+            " an earlier or another one."
         )
 
 

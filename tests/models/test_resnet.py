@@ -151,9 +151,7 @@ def test_names_and_shapes_that_do_not_fit():
         assert part in str(raised.value)
     state = official_state(blocks=1)
     state["conv1.weight"] = state["conv1.weight"] * np.inf
-    with pytest.raises(
-        ValueError, match=r"Weights are not finite in conv1\.weight: their training has diverged"
-    ):
+    with pytest.raises(ValueError, match=r"Weights are not finite in conv1\.weight: their training"):
         convert_addernet_weights(state, SMALL)
 
 
