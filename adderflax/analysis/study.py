@@ -30,7 +30,7 @@ from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigDict, ConfigError, RunConfig, default_config
 from adderflax.training.metrics import read_metrics
 from adderflax.training.steplog import DivergenceError
-from adderflax.training.workdir import FREE_FIELDS, differing_fields, flatten, read_info
+from adderflax.training.workdir import FREE_FIELDS, differing_fields, flatten, has_checkpoints, read_info
 
 # Where the data lies and how a machine computes is no part of what a run is.
 _MACHINE_FIELDS = FREE_FIELDS - {"eval_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite_steps"}
@@ -313,6 +313,9 @@ def run_study(
             if data_dir is not None:
                 config.data.data_dir = data_dir
             directory = Path(workdir) / study.name / f"{run.name}-seed{seed}"
+            if (directory / "summary.json").exists() and not has_checkpoints(directory):
+                print(f"{directory} has no checkpoints any more: trained anew", flush=True)
+                shutil.rmtree(directory)
             line = {
                 "name": run.name,
                 "seed": seed,

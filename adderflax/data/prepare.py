@@ -21,7 +21,7 @@ from urllib import parse
 
 from adderflax import pipes
 from adderflax.data.config import DatasetNotReadyError
-from adderflax.data.folder import FolderError, read_folder, store
+from adderflax.data.folder import FolderError, read_folder, require_new, store
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -132,6 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
         reason = "preparing it was interrupted"
     except Exception as error:  # Whatever went wrong inside is told in one sentence.
         reason = _one_line(options.name, error)
+        if isinstance(error, FolderError):
+            print(f"error: The folder does not become the set {options.name!r}: {reason}.", file=sys.stderr)
+            return 1
     else:
         splits = (f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items())
         print(f"{options.name} is ready in {builder.data_path}: {', '.join(splits)} images{told}")
@@ -156,10 +159,16 @@ def _prepare(name: str, data_dir: str | None, folder: str | None) -> tuple[tfds.
     import tensorflow_datasets as tfds
 
     if folder is not None:
+        require_new(name, data_dir)
         found = read_folder(folder)
         builder = store(found, name, data_dir)
         own = (f"'--config.data.{key}={getattr(found, key)}'".replace(" ", "") for key in ("mean", "std"))
-        return builder, f" of {len(found.class_names)} classes, for a run with {' '.join(own)}"
+        told = f" of {len(found.class_names)} classes, for a run with {' '.join(own)}"
+        if found.left_out:
+            told += f"; {found.left_out} files that no image format ends in were left out"
+        if {"test", "validation"} <= set(found.splits):
+            told += "; its validation split is not read, validation images are cut from train"
+        return builder, told
     builder = tfds.builder(name, data_dir=data_dir)
     if not is_prepared(builder) and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         _require_network(builder.url_infos or {})

@@ -154,15 +154,13 @@ def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:
             f"reading it needs tensorflow-datasets, which cannot be imported here ({error})",
             "`pip install -r requirements.txt` installs it.",
         )
-    if config.name.startswith(("/", ".", "~")) or os.path.isdir(os.path.join(config.name, "")):
-        raise ValueError(
-            f"data.name={config.name!r} is a path, and the name of a set belongs there. A folder of images "
-            f"by class becomes one by `{command('NAME', config.data_dir)} --folder={config.name}`; then give "
-            f"data.name=NAME."
-        )
+    if config.name.startswith(("/", ".", "~")):
+        _is_a_path(config)
     try:
         return tfds.builder(config.name, data_dir=config.data_dir)
     except tfds.core.DatasetNotFoundError:
+        if os.path.isdir(config.name):
+            _is_a_path(config)
         _unknown(config, tfds.list_builders(with_community_datasets=False))
     except ImportError as error:
         not_ready(
@@ -176,6 +174,14 @@ def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:
             f"tensorflow-datasets has the set that data.name={config.name!r} asks for, but not in "
             f"that configuration or version: {first}"
         ) from error
+
+
+def _is_a_path(config: DataConfig) -> NoReturn:
+    raise ValueError(
+        f"data.name={config.name!r} is a path, and the name of a set belongs there. A folder of images "
+        f"by class becomes one by `{command('NAME', config.data_dir)} --folder={config.name}`; then give "
+        f"data.name=NAME."
+    )
 
 
 def _unknown(config: DataConfig, known: list[str]) -> NoReturn:

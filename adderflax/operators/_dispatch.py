@@ -260,6 +260,11 @@ def with_automatic_axes(function: Callable, result_spec: Callable) -> Callable:
         meshes = [sharding.mesh for sharding in shardings if sharding.mesh.explicit_axes]
         if not meshes:
             return function(*operands, **static)
+        if len(set(meshes)) > 1:
+            told = " and ".join(map(str, dict.fromkeys(meshes)))
+            raise ValueError(
+                f"The operands are on different meshes, {told}: put all on one by jax.device_put."
+            )
         run = functools.partial(function, **static)
         spec = result_spec(*(sharding.spec for sharding in shardings))
         with jax.sharding.use_abstract_mesh(meshes[0]):

@@ -85,8 +85,8 @@ def adder_matmul(
             difference, elementwise, for which XLA's operations compute the gradient on every platform.
             Functions are compared by identity: a new lambda at each call compiles anew.
         grad_y: rule for y, likewise.
-        implementation: a name in `available_implementations()`, used as given, or None to
-            choose by the platform for which the program is lowered.
+        implementation: a name in `available_implementations()`, used as given, but for the gradient of a
+            rule that is a function; or None to choose by the platform for which the program is lowered.
 
     Returns:
         float32 [..., M, N], int32 for integers. Gradients have the dtypes of x and y.

@@ -10,12 +10,14 @@ Adder networks therefore replace it by a function of the difference d:
 * a function of d, elementwise: a rule of your own, which XLA's operations compute.
 """
 
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 GradientRule = str | tuple[Literal["hardtanh"], float] | Callable[[jax.Array], jax.Array]
 
@@ -47,7 +49,7 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
 
     Raises:
         ValueError: the rule is none of those, its slope is not a number from 1e-30 to 1e30, or the
-            function is not hashable or not elementwise on float32.
+            function is not hashable or, tried on a few numbers, not elementwise on float32.
     """
     if isinstance(rule, Rule):
         rule = rule.kind if rule.slope == 1.0 else (rule.kind, rule.slope)
@@ -75,8 +77,7 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
 def _check_function(rule: Callable[[jax.Array], jax.Array], argument: str) -> None:
     difference = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     try:
-        hash(rule)
-        found = jax.eval_shape(rule, difference)
+        found, alone = _tried(rule)
         fits = (found.shape, found.dtype) == (difference.shape, difference.dtype)
     except Exception as error:  # of a function that is not ours
         raise ValueError(
@@ -88,6 +89,21 @@ def _check_function(rule: Callable[[jax.Array], jax.Array], argument: str) -> No
             f"{argument}: the gradient rule {rule!r} is to be elementwise: of differences float32 [2, 3] it"
             f" gave {found.dtype} {list(found.shape)}. Return an array of their shape and dtype."
         )
+    if not np.allclose(found, alone, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"{argument}: the gradient rule {rule!r} is to be elementwise: of each difference alone it gave"
+            f" {np.ravel(alone)}, of the same ones together {np.ravel(found)}."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _tried(rule: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, np.ndarray]:
+    """The rule of six differences together, and of each alone."""
+    with jax.ensure_compile_time_eval():
+        differences = jnp.linspace(-1.7, 2.1, 6, dtype=jnp.float32).reshape(2, 3)
+        found = rule(differences)
+        each = [[np.asarray(rule(differences[i : i + 1, k : k + 1])) for k in range(3)] for i in range(2)]
+    return found, np.block(each)
 
 
 def _number(text: str) -> float | str:

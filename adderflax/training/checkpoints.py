@@ -167,12 +167,12 @@ class Checkpointer:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             )
-        except FileNotFoundError as error:
-            raise WorkdirError(
-                f"Checkpoint {step} of {self._directory} is not whole any more: the run that goes on there"
-                " has removed it, and the same command again takes a newer one."
-            ) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            if find_damage(self._directory / str(step)) is not None:  # it was whole when this was opened
+                raise WorkdirError(
+                    f"Checkpoint {step} of {self._directory} is not whole any more: a run that goes on there"
+                    " has removed it, and the same command again takes a newer one."
+                ) from error
             raise WorkdirError(
                 f"Checkpoint {step} of {self._directory} does not fit the model that config.json and"
                 f" dataset.json beside it describe: {' '.join(str(error).split())[:200]}. Put back the files"
@@ -213,7 +213,10 @@ class Checkpointer:
 
     def _read_figures(self, step: int) -> dict[str, float] | None:
         metrics = self._directory / str(step) / "metrics"
-        return ocp.JsonCheckpointHandler("metrics").restore(metrics) if metrics.exists() else None
+        try:
+            return ocp.JsonCheckpointHandler("metrics").restore(metrics) if metrics.exists() else None
+        except FileNotFoundError:  # removed meanwhile
+            return None
 
     def _usable_steps(self, read_only: bool) -> list[int]:
         """Checks every checkpoint, reports the damaged ones and, for writing, sets them aside."""

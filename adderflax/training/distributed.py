@@ -54,9 +54,9 @@ def initialize(
         sys.stdout = open(os.devnull, "w")
 
 
-def of_first_process(found: bool) -> bool:
+def of_first_process(found: int) -> int:
     """What the first process has found: another host may see a shared directory as it was before."""
-    return found if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    return found if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(found)))
 
 
 def first_process_first(action: Callable[[], _Result], name: str) -> _Result:

@@ -110,10 +110,16 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
     target = abstract_state(model, optimizer, with_ema=run.ema_decay > 0, mesh=sharding.make_mesh())
     with Checkpointer(workdir, read_only=True) as checkpointer:
         step = checkpointer.best_step if best else checkpointer.latest_step
+        if step is None and checkpointer.latest_step is not None:
+            raise workdir_lib.WorkdirError(
+                f"{Path(workdir).absolute()} has checkpoints, but none of them was validated, so none is the"
+                " best: its run has no validation part (data.validation_fraction=0), or has not come to it"
+                " yet. Leave --best out."
+            )
         if step is None:
             raise workdir_lib.WorkdirError(
-                f"{Path(workdir).absolute()} has no {'evaluated' if best else 'complete'} checkpoint yet:"
-                " train first, by the train.py command that began the run."
+                f"{Path(workdir).absolute()} has no complete checkpoint yet: train first, by the train.py"
+                " command that began the run."
             )
         state = checkpointer.restore_state(target, step)
     return model, state.evaluated_variables, info

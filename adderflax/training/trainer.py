@@ -206,7 +206,7 @@ def train(
             return Path(workdir).absolute()
 
         workdir = distributed.first_process_first(hold, "open_workdir")
-        begun = distributed.of_first_process(workdir_lib.has_checkpoints(workdir))
+        begun = bool(distributed.of_first_process(workdir_lib.has_checkpoints(workdir)))
         if begun and (summary := _finished(run, workdir)):
             print(f"Finished at step {summary['steps']}, nothing left to do", flush=True)
             print(_line(summary["steps"], summary), flush=True)
@@ -216,7 +216,7 @@ def train(
                 inheritance.require_source(run.warm_start)
         trainer = Trainer(config)
         if begun:
-            workdir_lib.require_same_data(workdir, trainer.dataset.info)
+            _require_same_data(workdir, trainer.dataset.info)
         total = trainer.total_steps
         # Kernels that XLA cannot partition by itself need to know the mesh.
         held.enter_context(jax.set_mesh(trainer.mesh))
@@ -282,11 +282,12 @@ def train(
 def _finished(run: RunConfig, workdir: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended whole, which needs neither its data nor its teacher any more."""
     summary = finished_summary(workdir, run)
-    if not distributed.of_first_process(summary is not None):
+    steps = distributed.of_first_process(summary["steps"] if summary else 0)
+    if not steps:
         return None
     # What is damaged is computed again.
     with Checkpointer(workdir, keep_latest=run.keep_checkpoints) as checkpointer:
-        return summary if checkpointer.latest_step == summary["steps"] else None
+        return (summary or {"steps": steps}) if checkpointer.latest_step == steps else None
 
 
 def _update(
@@ -355,9 +356,11 @@ def evaluate(
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict(), defaults=_defaults(config.to_dict()))
     described = data_from(config_here(workdir) if config is None else config.to_dict(), data_dir)
+    if best and not workdir_lib.has_checkpoints(workdir):
+        load_model(workdir, best=True)  # tells why there is none, before data is read
     # A teacher is needed no more.
     trainer = Trainer(described | {"distillation": {}})
-    workdir_lib.require_same_data(workdir, trainer.dataset.info)
+    _require_same_data(workdir, trainer.dataset.info)
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
         step = checkpointer.best_step if best else checkpointer.latest_step
         if step is None:  # a file of weights, or nothing to evaluate
@@ -366,6 +369,16 @@ def evaluate(
         state = checkpointer.restore_state(trainer.abstract_state(), step)
         figures = trainer.evaluate(state.evaluated_variables, "test", progress=progress)
         return {"steps": int(state.step)} | figures
+
+
+def _require_same_data(workdir: Path, info: data_lib.DatasetInfo) -> None:
+    """As the function of that name, in the first process, whose verdict is that of all."""
+
+    def compare():
+        if jax.process_index() == 0:
+            workdir_lib.require_same_data(workdir, info)
+
+    distributed.first_process_first(compare, "require_same_data")
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:

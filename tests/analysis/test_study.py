@@ -1,6 +1,7 @@
 """The study tool: what is finished stays, what was killed goes on, what changed is refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,18 @@ def test_killed_before_the_line_is_written(finished, copied, monkeypatch, capsys
     assert again["resumed"] is True
     for same in ("name", "seed", "config", "diversity", "energy_mJ"):
         assert again[same] == before[same]
+    assert again["figures"]["test_loss"] == before["figures"]["test_loss"]
+
+
+def test_a_run_whose_line_is_gone_is_trained_anew(finished, copied, capsys):
+    """Its checkpoints went when its line was written."""
+    shutil.copytree(finished / "runs", copied / "runs")
+    lines = (copied / "small.jsonl").read_text().splitlines(keepends=True)
+    (copied / "small.jsonl").write_text("".join(lines[:2]))
+    command.main(arguments(copied))
+    again, before = read_lines(copied / "small.jsonl")[2], json.loads(lines[2])
+    assert "has no checkpoints any more: trained anew" in capsys.readouterr().out
+    assert (again["name"], again["seed"]) == (before["name"], before["seed"]) and not again["resumed"]
     assert again["figures"]["test_loss"] == before["figures"]["test_loss"]
 
 

@@ -201,6 +201,15 @@ def test_explicit_attention(is_set, axis):
     assert_close(actual, expected)
 
 
+def test_operands_on_different_meshes():
+    placed = [
+        jax.device_put(a, NamedSharding(jax.make_mesh((2,), (name,)), P(name)))
+        for a, name in ((normal(0, 6, 64), "a"), (normal(1, 64, 32), "b"))
+    ]
+    with pytest.raises(ValueError, match="different meshes, .*'a'.* and .*'b'.*: put all on one"):
+        jax.jit(adder_matmul)(*placed)
+
+
 def test_explicit_axes_without_jit():
     x, y = normal(0, 4, 6, 64), normal(1, 64, 32)
     placed = jax.device_put(x, NamedSharding(mesh(AxisType.Explicit), P("d")))

@@ -127,6 +127,7 @@ class Unhashable:
         (lambda d: d > 0, r"it gave bool \[2, 3\]. Return an array of their shape and dtype"),
         (lambda d: (d, d), "failed with AttributeError"),
         (lambda d: d["x"], "is to be a hashable function of an array of differences, elementwise; it failed"),
+        (lambda d: d - d.mean(), "of each difference alone it gave .* of the same ones together"),
         (Unhashable(), "failed with TypeError: unhashable"),
     ],
 )

@@ -11,6 +11,7 @@ from test_trainer import small_config
 
 from adderflax.training import divergence, sharding, update
 from adderflax.training.metrics import read_metrics
+from adderflax.training.optimizer import make_optimizer
 from adderflax.training.steplog import DivergenceError
 from adderflax.training.trainer import Trainer, evaluate, train
 from adderflax.training.workdir import WorkdirError
@@ -51,7 +52,11 @@ def test_an_update_that_is_not_finite_changes_nothing(poisoned):
     assert (before.step, after.step) == (2, 3)
     for part in ("params", "opt_state", "ema_params"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, part), getattr(after, part))
-    going_on, _ = state_of(run, 4)
+    going_on, figures = state_of(run, 4)
+    # The schedule counts the updates that were made: this is the third of them.
+    rate = make_optimizer(run.config.optimizer, run.total_steps)[1]
+    np.testing.assert_allclose(figures["learning_rate"], rate(2), rtol=1e-6)
+    assert rate(2) != rate(3)
     assert going_on.step == 4 and not jax.tree.all(
         jax.tree.map(np.array_equal, going_on.params, after.params)
     )

@@ -13,7 +13,7 @@ from flax import linen as nn
 from adderflax.operators.rules import canonical_rule
 from adderflax.training import sharding, trainer, update
 from adderflax.training import state as state_lib
-from adderflax.training.config import ConfigError, default_config
+from adderflax.training.config import ConfigError, RunConfig, default_config
 from adderflax.training.manifest import write_manifest
 from adderflax.training.metrics import read_metrics
 from adderflax.training.optimizer import OptimizerConfig, make_optimizer
@@ -289,6 +289,26 @@ def test_the_best_checkpoint_is_evaluated_on_request(finished, tmp_path):
     assert found["steps"] == 4
     assert found["test_loss"] == Trainer(small_config()).evaluate(variables, "test")["test_loss"]
     assert found["test_loss"] != evaluate(tmp_path / "run")["test_loss"] == finished[1]["test_loss"]
+
+
+def test_no_best_checkpoint_without_validation(tmp_path, monkeypatch, root):
+    train(small_config(**{"data.validation_fraction": 0.0, "total_steps": 1}), tmp_path, progress=False)
+    for ask in (lambda: evaluate(tmp_path, best=True), lambda: load_model(tmp_path, best=True)):
+        with pytest.raises(WorkdirError, match="none of them was validated, .* Leave --best out"):
+            ask()
+    monkeypatch.setattr(trainer.data_lib, "load_dataset", lambda config: pytest.fail("data was read"))
+    with pytest.raises(WorkdirError, match="holds one model, weights.npz, and no checkpoints to choose the"):
+        evaluate(root / "weights" / "cifar10_twin", best=True)
+
+
+def test_another_process_that_sees_no_summary_yet_agrees(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    run = RunConfig.parse(small_config())
+    assert trainer._finished(run, tmp_path / "run")["steps"] == 6
+    (tmp_path / "run" / "summary.json").unlink()
+    assert trainer._finished(run, tmp_path / "run") is None
+    monkeypatch.setattr(trainer.distributed, "of_first_process", lambda found: 6)
+    assert trainer._finished(run, tmp_path / "run") == {"steps": 6}
 
 
 def test_evaluate_a_workdir(finished):
