@@ -128,7 +128,7 @@ CONTROLS: dict[str, dict[str, Any]] = {"multiply-warm": LR3 | WARM, "multiply-fe
 TEACHER = {"distillation.teacher": "runs/studies/gap_cifar10/final-multiply-neighbors-seed0"}
 TAUGHT = LR3 | NEIGHBORS | TEACHER | {"distillation.features": 1.0, "distillation.soft_labels": 0.5}
 ADDER = LR3 | NEIGHBORS | CENTERED | {"model.mlp_convolution": "multiply"}
-# studies/rank_depth.py found the identity to cost adder models accuracy.
+# studies/rank_depth.py finds the identity to cost small adder models accuracy (results/rank_depth.md).
 WITHOUT_IDENTITY: dict[str, dict[str, Any]] = {
     "adder-neighbors-multiply-centered-no-identity": ADDER | NO_IDENTITY,
     "multiply-neighbors-no-identity": LR3 | NEIGHBORS | NO_IDENTITY,

@@ -62,6 +62,48 @@ def test_ranks(similarity, linear):
     )
 
 
+def test_the_identity_by_depth():
+    figures, accuracies = {}, {}
+    for file in ("rank_depth", "gap_cifar10"):
+        for line in (RESULTS / f"{file}.jsonl").read_text().splitlines():
+            line = json.loads(line)
+            layers = line["diversity"]["layers"]
+            rank = np.mean([layer["softmax"]["effective_rank"] for layer in layers])
+            cosine = layers[-1]["features"]["token_cosine_similarity"]
+            accuracy = 100 * line["figures"]["test_accuracy"]
+            figures[line["name"], line["seed"]] = accuracy, rank, cosine
+            accuracies.setdefault(line["name"], []).append(accuracy)
+    labels = {
+        "multiply": "multiplying layers, dot product",
+        "adder": "adder layers, L1",
+        "centered": "adder layers, L1, centered",
+    }
+    changes = []
+    for depth in (4, 12):
+        for name, label in labels.items():
+            without, used = (
+                np.array([figures[f"{depth}-{name}-{identity}", seed] for seed in (0, 1, 2)])
+                for identity in ("none", "I")
+            )
+            # Tokens less alike, and maps of a higher rank, in every pair of runs.
+            assert np.all(used[:, 2] < without[:, 2]) and np.all(used[:, 1] > without[:, 1])
+            pairs = list(zip(without.mean(axis=0), used.mean(axis=0)))
+            cells = [f"{a:.{digits}f}, {b:.{digits}f}" for (a, b), digits in zip(pairs, (1, 1, 2))]
+            assert " | ".join([f"| {label} | {depth}", *cells]) + " |" in CLAIMS
+            changes.append(f"{np.mean(used[:, 0] - without[:, 0]):+.1f}")
+    page = " ".join(CLAIMS.split())
+    told = "{}, {} and {} points with 12 blocks, for multiplying, adder and centered layers"
+    assert told.format(*changes[3:]) in page
+    names = ("adder-neighbors-multiply-centered", "multiply-neighbors")
+    rows = [f"{kind}-{name}{i}" for kind in ("final", "full") for name in names for i in ("-no-identity", "")]
+    told = (
+        "{:.1f} % without and {:.1f} % with it for the centered adder model, {:.1f} and {:.1f} % for its"
+        " twin, on 5,000 images (three seeds); {:.1f} and {:.1f} %, {:.1f} and {:.1f} % on all (one)"
+    )
+    assert [len(accuracies[row]) for row in rows] == [3] * 4 + [1] * 4
+    assert told.format(*(np.mean(accuracies[row]) for row in rows)) in page
+
+
 def test_ranks_of_the_weights_that_come_along():
     told, features = [], []
     for model, label in (
