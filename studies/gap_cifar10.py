@@ -11,7 +11,8 @@ no advantage unseen, `final-multiply-warm` lets the twin go on from the same wei
 and `final-multiply-features` lets it learn from the same teacher. The rows with `neighbors` repeat this for
 the depthwise convolution in the MLP and the teaching of `configs/cifar10_adder_vit.py:taught`, the teacher
 being the first seed of `final-multiply-neighbors`. The rows `full-...` repeat that once more with ten times
-as many updates: 10 epochs of all 50,000 images, their own twin as teacher.
+as many updates: 10 epochs of all 50,000 images, their own twin as teacher. Rows with `no-identity` leave the
+identity out of the attention maps, of the centered adder model and of its twin.
 Run it with `--keep_checkpoints`: later rows read those of `final-multiply-seed0`.
 
 What this can show: which tools help a small model that is trained for a short time. One seed of a

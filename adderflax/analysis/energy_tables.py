@@ -293,7 +293,7 @@ def priced(
     table: EnergyTable | str = "fp32",
     memory: str = MEMORY_DEFAULT,
 ) -> Energy:
-    """`energy` for a caller that tells itself what is left out."""
+    """`energy`, with its arguments and errors, for a caller that tells itself what is left out."""
     if convention not in CONVENTIONS:
         raise ValueError(f"convention={convention!r} is not known; {_choices(CONVENTIONS)}.")
     if isinstance(table, str):

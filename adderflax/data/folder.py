@@ -129,20 +129,20 @@ def read_folder(folder: str | Path) -> FolderSet:
     )
 
 
-def require_new(name: str, data_dir: str | None) -> None:
-    """Raises FolderError unless NAME can be that of a new set in a directory."""
+def require_new(name: str, place: str) -> None:
+    """Raises FolderError unless NAME can be that of a new set in the directory of prepared sets."""
     import tensorflow_datasets as tfds
 
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise FolderError(f"the name {name!r} must be small letters, digits and _ and begin with a letter")
     if name == "digits" or name in tfds.list_builders(with_community_datasets=False):
         raise FolderError(f"{name!r} is a set that there is already: choose another name")
-    if (there := Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name / _VERSION).exists():
+    if (there := Path(place).expanduser() / name / _VERSION).exists():
         raise FolderError(f"a set {name!r} is there already: choose another name, or delete {there}")
 
 
 def store(found: FolderSet, name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """Stores the images as the set NAME, version 1.0.0."""
+    """Stores the images as the set NAME, version 1.0.0, in `data_dir` or tfds's own directory."""
     import tensorflow_datasets as tfds
 
     image = tfds.features.Image(shape=(*(found.shape or (None, None)), found.channels))

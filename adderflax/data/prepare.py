@@ -1,5 +1,7 @@
 """Downloads and prepares a tensorflow-datasets set: `python -m adderflax.data.prepare NAME`.
 
+With --folder it makes the set of a folder of images by class (`adderflax.data.folder`).
+
 This is the one place that needs TensorFlow, and it runs in a process of its own: what
 TensorFlow holds, and the downloads that may still be under way when one has failed, end with
 that process.
@@ -130,11 +132,11 @@ def main(arguments: list[str] | None = None) -> int:
             builder, told = _prepare(options.name, options.data_dir, options.folder)
     except KeyboardInterrupt:
         reason = "preparing it was interrupted"
+    except FolderError as error:
+        print(f"error: The folder does not become the set {options.name!r}: {error}.", file=sys.stderr)
+        return 1
     except Exception as error:  # Whatever went wrong inside is told in one sentence.
         reason = _one_line(options.name, error)
-        if isinstance(error, FolderError):
-            print(f"error: The folder does not become the set {options.name!r}: {reason}.", file=sys.stderr)
-            return 1
     else:
         splits = (f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items())
         print(f"{options.name} is ready in {builder.data_path}: {', '.join(splits)} images{told}")
@@ -159,8 +161,9 @@ def _prepare(name: str, data_dir: str | None, folder: str | None) -> tuple[tfds.
     import tensorflow_datasets as tfds
 
     if folder is not None:
-        require_new(name, data_dir)
+        require_new(name, place_of(data_dir))
         found = read_folder(folder)
+        _hide_accelerators()
         builder = store(found, name, data_dir)
         own = (f"'--config.data.{key}={getattr(found, key)}'".replace(" ", "") for key in ("mean", "std"))
         told = f" of {len(found.class_names)} classes, for a run with {' '.join(own)}"
@@ -172,13 +175,17 @@ def _prepare(name: str, data_dir: str | None, folder: str | None) -> tuple[tfds.
     builder = tfds.builder(name, data_dir=data_dir)
     if not is_prepared(builder) and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         _require_network(builder.url_infos or {})
+    _hide_accelerators()
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    builder.download_and_prepare(file_format="array_record")
+    return builder, ""
+
+
+def _hide_accelerators() -> None:
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-    builder.download_and_prepare(file_format="array_record")
-    return builder, ""
 
 
 def _require_network(urls: dict[str, object]) -> None:
@@ -196,7 +203,7 @@ def _require_network(urls: dict[str, object]) -> None:
 
 
 def _one_line(name: str, error: Exception) -> str:
-    if isinstance(error, (ConnectionError, FolderError)):
+    if isinstance(error, ConnectionError):
         return str(error)
     if type(error).__name__ == "DatasetNotFoundError":  # its text lists every set there is
         import tensorflow_datasets as tfds

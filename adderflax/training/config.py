@@ -22,9 +22,8 @@ except ModuleNotFoundError as error:
 
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
 from adderflax.models.families import MODULES, ModelConfig, config_class
-from adderflax.training import optimizer
 from adderflax.training.distillation import DistillationConfig
-from adderflax.training.optimizer import OptimizerConfig
+from adderflax.training.optimizer import OptimizerConfig, has_templates, idle_fields
 from adderflax.training.sharding import MeshConfig
 
 # These follow from the data set.
@@ -227,9 +226,9 @@ class RunConfig:
 
     def idle_fields(self, model: ModelConfig, params: Any) -> list[str]:
         """Names of fields that are set, and have no effect on this model, whose parameters these are."""
-        idle = optimizer.idle_fields(self.optimizer, params)
+        idle = idle_fields(self.optimizer, params)
         silent = []
-        if not optimizer.has_templates(params):
+        if not has_templates(params):
             silent = ["grad_inputs", "grad_kernel", "centered", "power_activation"]
             idle += ["anneal_fraction"] * bool(self.anneal_fraction)
         if getattr(model, "similarity", None) != "l1":

@@ -184,7 +184,8 @@ def train(
       ConfigError: the configuration cannot be run.
       adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
       adderflax.training.workdir.WorkdirError: the workdir cannot be written, is being written by
-        another process, holds another run, or all its checkpoints are damaged.
+        another process, holds another run, one of another data set than is here today, one that has left
+        out more updates than are allowed, or figures without checkpoints, or all its checkpoints are damaged.
       DivergenceError: the loss, the gradient or the parameters became infinite or NaN.
       adderflax.training.preemption.Preempted: SIGTERM or SIGINT came; the last update is saved.
     """
@@ -351,7 +352,8 @@ def evaluate(
       ten classes.
 
     Raises:
-      WorkdirError: the directory holds no run, another run, or no checkpoint yet.
+      WorkdirError: the directory holds no run, another run, no checkpoint yet, none that was validated where
+        `best` asks for it, or a run that has learned from another data set than is here today.
     """
     if config is not None:
         workdir_lib.require_same(workdir, config.to_dict(), defaults=_defaults(config.to_dict()))

@@ -20,8 +20,8 @@ from adderflax.files import write_whole
 # The description of an integer model: a directory that has it is no run's (`adderflax.export` writes it).
 INTEGERS = "integers.json"
 # What may differ between the run that began a workdir and the one that goes on in it: where the data lies,
-# how fast it is read, how often figures are written, how much divergence is borne (up to where the run stands
-# none was beyond that). Everything else changes what is computed.
+# how fast it is read, how often figures are written, how much divergence is borne (the trainer sees to it
+# that no less is than there was). Everything else changes what is computed.
 FREE_FIELDS = {
     "data.data_dir",
     "data.workers",
