@@ -30,6 +30,16 @@ def pytest_configure(config):
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
+def pytest_runtest_setup(item):
+    """Skips what runs the CPU's kernels where nothing compiles them."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    if any(isinstance(value, str) and value == "cpu" for value in parameters):
+        from adderflax.operators import _cpu
+
+        if reason := _cpu.unavailable():
+            pytest.skip(reason)
+
+
 @pytest.fixture
 def root() -> "os.PathLike[str]":
     """The checkout."""

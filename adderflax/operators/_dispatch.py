@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from adderflax.operators import _gpu, _gpu_attention, _reference, _tpu, _tpu_attention, _xla
+from adderflax.operators import _cpu, _gpu, _gpu_attention, _reference, _tpu, _tpu_attention, _xla
 from adderflax.operators.rules import Rule
 
 LOG_VARIABLE = "ADDERFLAX_LOG_IMPLEMENTATION"
@@ -60,6 +60,7 @@ class Implementation(NamedTuple):
         attention: the whole of attention, where the implementation has it.
         byte_distances: (x, y) of uint8 -> the forward method's sums in int32, where the implementation has
             kernels for them; without it integers are summed as float32.
+        unavailable: () -> what this machine lacks to build it, or None.
     """
 
     forward: Callable[[jax.Array, jax.Array], jax.Array]
@@ -69,11 +70,17 @@ class Implementation(NamedTuple):
     refuses: Callable[[jax.Array, jax.Array], str | None] = lambda x, y: None
     attention: FusedAttention | None = None
     byte_distances: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    unavailable: Callable[[], str | None] = lambda: None
 
 
 IMPLEMENTATIONS = {
     "reference": Implementation(_reference.forward, _reference.gradient_x, _reference.gradient_y),
     "xla": Implementation(_xla.forward, _xla.gradient_x, _xla.gradient_y),
+    "cpu": Implementation(
+        *(_cpu.forward, _cpu.gradient_x, _cpu.gradient_y, _cpu.PLATFORMS, _cpu.refuses),
+        byte_distances=_cpu.byte_distances,
+        unavailable=_cpu.unavailable,
+    ),
     "gpu": Implementation(
         _gpu.forward,
         _gpu.gradient_x,
@@ -82,15 +89,17 @@ IMPLEMENTATIONS = {
         _gpu.refuses,
         FusedAttention(_gpu_attention.forward, _gpu_attention.backward, _gpu_attention.refuses),
         _gpu.byte_distances,
+        _gpu.unavailable,
     ),
     "tpu": Implementation(
         *(_tpu.forward, _tpu.gradient_x, _tpu.gradient_y, _tpu.PLATFORMS, _tpu.refuses),
         FusedAttention(_tpu_attention.forward, _tpu_attention.backward, _tpu_attention.refuses),
     ),
 }
-# What implementation=None tries for each lowering platform before the fallback. "gpu" has run on an
-# H200 (results/operators.md), but for its sums of bytes, which only its name chooses. "tpu" has never
-# run on a TPU: interpret mode checked its numbers, the TPU's compiler its programs and their schedules.
+# What implementation=None tries for each lowering platform before the fallback. "cpu" asks for a compiler,
+# and only its name chooses it. "gpu" has run on an H200 (results/operators.md), but for its sums of bytes,
+# which only its name chooses. "tpu" has never run on a TPU: interpret mode checked its numbers, the TPU's
+# compiler its programs and their schedules.
 _PREFERRED = {"tpu": "tpu", "cuda": "gpu"}
 _FALLBACK = "xla"
 
@@ -128,6 +137,11 @@ def check_accepts(name: str | None, x: jax.Array, y: jax.Array) -> None:
             f"implementation: {name!r} does not take x {x.shape} {x.dtype} and y {y.shape} "
             f"{y.dtype}: {reason}. implementation=None falls back by itself."
         )
+
+
+def unavailable(name: str) -> str | None:
+    """What this machine lacks to build an implementation of the table, or None. It may take seconds."""
+    return IMPLEMENTATIONS[name].unavailable()
 
 
 def sums_bytes(name: str | None) -> bool:

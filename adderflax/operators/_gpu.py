@@ -25,34 +25,19 @@ Differences from the reference: a NaN in x or y does not reach the gradients ("h
 cotangent; differences below 2^-127 count only in part for "sign".
 """
 
-import functools
-import logging
 import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
 from adderflax.operators import _gpu_kernels as kernels
 from adderflax.operators import _xla
-from adderflax.operators._primitives import (
-    batch_in_front,
-    is_local,
-    lower_function,
-    require_other_platforms,
-    result_shape,
-)
+from adderflax.operators._primitives import MatmulPrimitive, result_shape
 from adderflax.operators.rules import Rule
 
 PLATFORMS = ("cuda",)
 _TARGET = "__gpu$xla.gpu.ptx"
 _LARGEST = 2**30  # lengths of axes: 32-bit indices may overshoot by a tile
-_logger = logging.getLogger("adderflax.operators")
-
-_adder_p = Primitive("adder_gpu")
 
 
 def refuses(x: jax.Array, y: jax.Array) -> str | None:
@@ -61,6 +46,11 @@ def refuses(x: jax.Array, y: jax.Array) -> str | None:
         return "the shapes must be known when the program is traced"
     if max((*x.shape, *y.shape)) > _LARGEST:
         return f"no axis may be longer than {_LARGEST}"
+    return unavailable()
+
+
+def unavailable() -> str | None:
+    """Why no kernel can be compiled on this machine, or None."""
     return kernels.unavailable()
 
 
@@ -71,7 +61,7 @@ def forward(x: jax.Array, y: jax.Array) -> jax.Array:
         x: [M, K] or [B, M, K], float32, bfloat16 or float16.
         y: [K, N], or [B, K, N] with x, likewise.
     """
-    return _call("forward", None, x, y)
+    return _adder("forward", None, x, y)
 
 
 def byte_distances(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -83,7 +73,7 @@ def byte_distances(x: jax.Array, y: jax.Array) -> jax.Array:
     """
     if 0 in (*x.shape, *y.shape):
         return _xla.forward(x, y).astype(jnp.int32)
-    return _call("forward", None, *packed(x, y))
+    return _adder("forward", None, *packed(x, y))
 
 
 def packed(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,24 +94,12 @@ def unpacked(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def gradient_x(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
     """sum_n rule(y[..., k, n] - x[..., m, k]) g[..., m, n] in float32, for hardtanh and sign."""
-    return _call("gradient_x", rule, x, y, g)
+    return _adder("gradient_x", rule, x, y, g)
 
 
 def gradient_y(x: jax.Array, y: jax.Array, g: jax.Array, rule: Rule) -> jax.Array:
     """sum_m rule(x[..., m, k] - y[..., k, n]) g[..., m, n] in float32, for hardtanh and sign."""
-    return _call("gradient_y", rule, x, y, g)
-
-
-def _call(method: str, rule: Rule | None, x: jax.Array, y: jax.Array, *g: jax.Array) -> jax.Array:
-    if x.ndim == 3 and y.ndim == 2:
-        # One y for the whole batch: its rows are those of one larger problem.
-        folded = (array.reshape(array.shape[0] * array.shape[1], array.shape[2]) for array in (x, *g))
-        x_rows, *g_rows = folded
-        result = _call(method, rule, x_rows, y, *g_rows)
-        return result if method == "gradient_y" else result.reshape(*x.shape[:2], -1)
-    if 0 in (*x.shape, *y.shape):
-        return _plain(method, rule, x, y, *g)
-    return _adder_p.bind(x, y, *g, method=method, rule=rule, partitioned=False)
+    return _adder("gradient_y", rule, x, y, g)
 
 
 def _plain(method: str, rule: Rule | None, *operands: jax.Array) -> jax.Array:
@@ -144,123 +122,19 @@ def problem_of(method: str, rule: Rule | None, x, y, *g) -> kernels.Problem:
     return kernels.Problem(method, rule, batch, rows, columns, terms, dtypes)
 
 
-@_adder_p.def_abstract_eval
-def _abstract(x, y, *g, method, rule, partitioned):
-    # From an operand, so that the result varies over the same mesh axes of a shard_map.
-    dtype = jnp.dtype(problem_of(method, rule, x, y, *g).result_dtype)
-    return x.update(shape=result_shape(method, x, y), dtype=dtype, weak_type=False)
-
-
-_adder_p.def_impl(jax.jit(_adder_p.bind, static_argnames=("method", "rule", "partitioned")))
-
-
-def _batched(operands, axes, *, method, rule, partitioned):
-    """vmap: the new axis joins the batch, or the rows where y has none."""
-    moved = batch_in_front(operands, axes)
-    if axes[1] is None and operands[1].ndim == 2 and method != "gradient_y":
-        moved[1] = operands[1]
-    if moved[0].ndim == 3:
-        return _call(method, rule, *moved), 0
-    size = moved[0].shape[0]
-    folded = (array.reshape(size * array.shape[1], *array.shape[2:]) for array in moved)
-    result = _call(method, rule, *folded)
-    return result.reshape(size, -1, *result.shape[1:]), 0
-
-
-batching.primitive_batchers[_adder_p] = _batched
-
-
-def _lower_elsewhere(ctx, *operands, method, rule, partitioned):
-    require_other_platforms(ctx, "gpu", "NVIDIA GPUs")
-    return lower_function(ctx, _plain, method, rule, *operands)
-
-
-def _lower(ctx, *operands, method, rule, partitioned):
-    context = ctx.module_context
-    if context.lowering_parameters.for_export:
-        return lower_function(ctx, _plain, method, rule, *operands)
-    if partitioned or is_local(context.axis_context):
-        return _lower_kernel(ctx, *operands, method=method, rule=rule)
-    mesh = named_mesh(context.axis_context)
-    if mesh is None:
-        _logger.warning(
-            "adder_matmul %s: in a program that XLA partitions, the 'xla' form runs instead of the "
-            "CUDA kernels; name the mesh with jax.set_mesh, or use shard_map over all of its axes.",
-            method,
-        )
-        return lower_function(ctx, _plain, method, rule, *operands)
-    run = _partitioned(method, rule, ctx.avals_in[0].ndim)
-    return lower_function(knowing_mesh(ctx, mesh), run, *operands)
-
-
-mlir.register_lowering(_adder_p, _lower_elsewhere)
-mlir.register_lowering(_adder_p, _lower, platform="cuda")
-
-
-def named_mesh(axis_context):
-    """The mesh of jax.set_mesh, if XLA partitions the whole program over it, or None."""
-    if isinstance(axis_context, mlir.SPMDAxisContext):
-        return None
-    try:
-        mesh = jax.sharding.get_mesh()
-    except ValueError:  # while something else is traced
-        return None
-    return mesh if mesh.size == axis_context.num_devices else None
-
-
-def knowing_mesh(ctx, mesh):
-    """The context with devices and mesh, which custom_partitioning wants and jit hides."""
-    axis_context = mlir.ShardingContext(mesh.size, tuple(mesh.devices.flat), mesh.abstract_mesh)
-    return ctx.replace(module_context=ctx.module_context.replace(axis_context=axis_context))
-
-
-def _lower_kernel(ctx, *operands, method, rule):
-    problem = problem_of(method, rule, *ctx.avals_in)
+def _run(method: str, rule: Rule | None, *operands: jax.Array) -> jax.Array:
+    problem = problem_of(method, rule, *operands)
     tile = kernels.choose_tile(problem)
     if tile.blocks(problem) >= 2**31:  # more than a grid can hold
-        return lower_function(ctx, _plain, method, rule, *operands)
-    return lower_function(ctx, launch, problem, tile, *operands)
+        return _plain(method, rule, *operands)
+    return launch(problem, tile, *operands)
 
 
-@functools.cache
-def _partitioned(method: str, rule: Rule | None, rank: int):
-    """The kernel with its own partitioning: over batch, rows, columns and terms alike."""
-    operand_axes = [("b" if rank == 3 else "") + axes for axes in ("mk", "kn", "mn")]
-    result_axes = operand_axes[{"forward": 2, "gradient_x": 0, "gradient_y": 1}[method]]
-    if method == "forward":
-        operand_axes.pop()
-    (summed,) = set("mkn") - set(result_axes)
+def _result_dtype(x, y) -> jnp.dtype:
+    return jnp.dtype(jnp.int32 if x.dtype == jnp.uint32 else jnp.float32)
 
-    def partition(mesh, operands, result):
-        names = {}  # mesh axes over which each axis of the problem is cut
-        for axes, operand in zip(operand_axes, operands):
-            for axis, size, entry in zip(axes, operand.shape, operand.sharding.spec):
-                entry = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-                unused = not set(entry) & {name for group in names.values() for name in group}
-                # An uneven cut would bring padding into the sum.
-                even = size % math.prod(mesh.shape[name] for name in entry) == 0
-                if entry and axis not in names and unused and even:
-                    names[axis] = entry
 
-        def share(axes):
-            return NamedSharding(mesh, PartitionSpec(*(names.get(axis) for axis in axes)))
-
-        def run(*local_operands):
-            local = _adder_p.bind(*local_operands, method=method, rule=rule, partitioned=True)
-            return jax.lax.psum(local, names[summed]) if summed in names else local
-
-        return mesh, run, share(result_axes), tuple(map(share, operand_axes))
-
-    @custom_partitioning
-    def call(*operands):
-        return _adder_p.bind(*operands, method=method, rule=rule, partitioned=True)
-
-    call.def_partition(
-        partition,
-        sharding_rule=f"{', '.join(map(' '.join, operand_axes))} -> {' '.join(result_axes)}",
-        reduction_factors=(summed,),
-    )
-    return call
+_adder = MatmulPrimitive("adder_gpu", "cuda", "gpu", "NVIDIA GPUs", _run, _plain, _result_dtype)
 
 
 def launch(problem: kernels.Problem, tile: kernels.Tile, x, y, *g) -> jax.Array:

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adderflax.operators import _attention_xla, _gpu
 from adderflax.operators import _gpu_kernels as kernels
-from adderflax.operators._primitives import batch_in_front, is_local, lower_function
+from adderflax.operators._primitives import batch_in_front, is_local, knowing_mesh, lower_function, named_mesh
 from adderflax.operators.rules import Rule
 
 DEEPEST = 128  # of queries, keys and values: a thread holds their gradients in registers
@@ -227,7 +227,7 @@ def _lower_plain(ctx, *operands, method, scale, rules, partitioned):
 def _lower(ctx, *operands, **static):
     context = ctx.module_context
     local = static["partitioned"] or is_local(context.axis_context)
-    mesh = None if local else _gpu.named_mesh(context.axis_context)
+    mesh = None if local else named_mesh(context.axis_context)
     problems = problems_of(static["method"], static["scale"], static["rules"], *ctx.avals_in)
     if (
         context.lowering_parameters.for_export
@@ -238,7 +238,7 @@ def _lower(ctx, *operands, **static):
         return _lower_plain(ctx, *operands, **static)
     if mesh:
         run = _partitioned(static["method"], static["scale"], static["rules"])
-        return lower_function(_gpu.knowing_mesh(ctx, mesh), run, *operands, multiple_results=True)
+        return lower_function(knowing_mesh(ctx, mesh), run, *operands, multiple_results=True)
     return lower_function(ctx, _run, static["method"], problems, *operands, multiple_results=True)
 
 

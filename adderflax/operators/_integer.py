@@ -2,7 +2,7 @@
 
 A float32 holds every whole number up to 2^24, and a sum of absolute differences never leaves the range
 between zero and its end. So every kernel computes such sums of small integers exactly, in whatever order it
-adds, and integers need no kernels of their own. A GPU has an instruction for bytes, so there are some.
+adds, and integers need no kernels of their own. GPUs and CPUs have instructions for bytes, so there are some.
 """
 
 import numbers
@@ -62,10 +62,8 @@ def take(
     return [array.astype(jnp.float32) for array in operands.values()]
 
 
-def as_bytes(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """Both as uint8 with the same differences, int8 moved up by 128; None if only one of them is int8."""
-    if x.dtype != y.dtype:
-        return None
+def as_bytes(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both, of one dtype, as uint8 with the same differences: int8 is moved up by 128."""
     if x.dtype == jnp.uint8:
         return x, y
     x, y = (jax.lax.bitcast_convert_type(array, jnp.uint8) ^ jnp.uint8(128) for array in (x, y))

@@ -5,7 +5,7 @@ and meet the kernel in `adder_matmul`'s calls, so that every implementation serv
 Only one block exists at a time. On two CPU cores and the shapes of ResNet-20 at batch 128 that was 1.7
 to 7 times faster than laying out all patches, and no slower than one product for each kernel position;
 and it works for a batch that is symbolic or sharded. A depthwise convolution has no matrix worth laying out:
-it is summed elementwise (`_depthwise.py`) unless an implementation other than XLA's is asked for by name.
+it is summed elementwise (`_depthwise.py`) unless an implementation for an accelerator is asked for by name.
 """
 
 import functools
@@ -20,7 +20,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _depthwise, _integer, _power
-from adderflax.operators._dispatch import announce, check_accepts, check_implementation, logging_enabled
+from adderflax.operators._dispatch import (
+    announce,
+    check_accepts,
+    check_implementation,
+    logging_enabled,
+    sums_bytes,
+)
 from adderflax.operators._windows import Blocks, Window
 from adderflax.operators._xla import zeros
 from adderflax.operators.matmul import NUMBERS, Calls, calls, check_array, match_varying, named_call
@@ -104,7 +110,9 @@ def adder_conv(
         logging_enabled(),
     )
     integers = _integer.take("adder_conv", {"x": x, "kernel": kernel}, math.prod(kernel.shape[:3]), p)
-    x, kernel = integers or (x, kernel)
+    by_bytes = sums_bytes(implementation) and not _depthwise.applies(kernel.shape, window)
+    if integers and not (by_bytes and x.dtype == kernel.dtype):
+        x, kernel = integers
     _check_accepts(implementation, x, kernel, window)
     if integers:
         return _calls(()).forward(*match_varying(x, kernel), plan=plan).astype(jnp.int32)
@@ -203,7 +211,10 @@ def _forward(x, kernel, *p, plan):
         def step(index, out):
             patches = blocks.patches(blocks.input_of(padded, index))
             sums = calls(p).forward(patches, weights, *p, **_static(plan))
-            return _set_rows(out, blocks.image(sums, x.shape[0]), index * blocks.rows)
+            image = blocks.image(
+                sums.astype(jnp.float32), x.shape[0]
+            )  # of integers too: it holds them exactly
+            return _set_rows(out, image, index * blocks.rows)
 
         rows = blocks.count * blocks.rows
         out = zeros((x.shape[0], rows, blocks.width, kernel.shape[3]), x, kernel)
@@ -317,7 +328,11 @@ def _no_terms(x, kernel, shape) -> bool:
 
 def _is_depthwise(kernel, p, plan, method) -> bool:
     """Whether a call is summed elementwise, which the program then says."""
-    if p or plan.implementation not in (None, "xla") or not _depthwise.applies(kernel.shape, plan.window):
+    if (
+        p
+        or plan.implementation not in (None, "xla", "cpu")
+        or not _depthwise.applies(kernel.shape, plan.window)
+    ):
         return False
     announce(plan.log, f"adder_conv {method} of a kernel {kernel.shape} runs 'xla', summed elementwise")
     return True

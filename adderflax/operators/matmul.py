@@ -109,9 +109,8 @@ def adder_matmul(
     plan = _Plan(rule_x, rule_y, check_implementation(implementation), logging_enabled())
     _check_batch(x, y)
     integers = _integer.take("adder_matmul", {"x": x, "y": y}, x.shape[-1], p)
-    if integers and sums_bytes(implementation):
-        integers = _integer.as_bytes(x, y) or integers
-    x, y = integers or (x, y)
+    if integers and not (sums_bytes(implementation) and x.dtype == y.dtype):
+        x, y = integers
     check_accepts(implementation, x, y)
     if integers:
         sums = calls(()).forward(*match_varying(x, y), implementation=plan.implementation, log=plan.log)
@@ -195,8 +194,8 @@ _adder_matmul.defvjp(_adder_matmul_fwd, _adder_matmul_bwd)
 
 def _run(method, operands, p, static, implementation, log):
     """Runs a method for the L1 distance, p = (), or for |x - y|^p, p = (p,)."""
-    if operands[0].dtype == jnp.uint8:
-        method = "byte_distances"
+    if str(operands[0].dtype) in _integer.DTYPES:
+        method, operands = "byte_distances", _integer.as_bytes(*operands)
     if not p:
         return dispatch(method, operands, static, implementation, log)
     announce(log, f"adder_matmul {method} of {[a.shape for a in operands]} runs 'xla', for any p")

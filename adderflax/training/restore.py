@@ -21,6 +21,7 @@ from adderflax.files import write_whole
 from adderflax.models.classifier import abstract_variables
 from adderflax.models.families import build_model
 from adderflax.operators import available_implementations
+from adderflax.operators._dispatch import unavailable
 from adderflax.training import sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
@@ -31,31 +32,33 @@ from adderflax.training.state import abstract_state
 WEIGHTS = "weights.npz"
 
 
-def implementations_here() -> tuple[str, ...]:
-    """The operator implementations that this machine's platform can run."""
-    return available_implementations(jax.default_backend())
-
-
 def require_implementation(run: RunConfig) -> None:
-    """Raises a ConfigError if a run names an operator implementation that this machine's platform lacks."""
-    implementation, here = run.model.get("implementation"), implementations_here()
-    if implementation not in (None, *here):
+    """Raises a ConfigError if a run names an operator implementation that this machine does not have."""
+    if (named := run.model.get("implementation")) is not None and (reason := _lacking(named)):
         raise ConfigError(
-            f"model.implementation={implementation!r} does not run on this platform, {jax.default_backend()}:"
-            f" choose one of {', '.join(map(repr, here))}, or leave it unset, which takes the fastest."
+            f"model.implementation={named!r} {reason}; or leave it unset, to choose by platform."
         )
+
+
+def _lacking(implementation: str) -> str | None:
+    """Why this machine does not have an operator implementation, or None."""
+    platform = jax.default_backend()
+    if implementation not in (here := available_implementations(platform)):
+        return f"does not run on this platform, {platform}: choose one of {', '.join(map(repr, here))}"
+    reason = unavailable(implementation)
+    return reason and f"cannot be built on this machine: {reason}"
 
 
 def config_here(workdir: str | Path) -> dict[str, Any]:
     """The configuration that a workdir was begun with, without what belongs to the machine it was trained on.
 
-    That is the mesh, and an operator implementation that this machine's platform does not have.
+    That is the mesh, and an operator implementation that this machine does not have.
     """
     saved = workdir_lib.read_config(workdir)
     if not isinstance(model := saved.get("model", {}), dict):
         raise ConfigError(f"model={model!r} in {Path(workdir) / 'config.json'} must hold named fields.")
     # What names none asks for no device.
-    if (named := model.get("implementation")) is not None and named not in implementations_here():
+    if (named := model.get("implementation")) is not None and _lacking(named):
         model = model | {"implementation": None}
     return saved | {"mesh": {}, "model": model}
 

@@ -155,11 +155,11 @@ def test_parts_add_up_to_the_total():
     assert paper.memory == 0 < full.memory and full.arithmetic > paper.total
 
 
-def test_the_count_does_not_depend_on_the_implementation():
+@pytest.mark.parametrize("implementation", available_implementations("cpu"))
+def test_the_count_does_not_depend_on_the_implementation(implementation):
     default = inference_ledger(digits_model())
     assert default.adder_elements
-    for name in available_implementations("cpu"):
-        assert inference_ledger(digits_model(implementation=name)) == default
+    assert inference_ledger(digits_model(implementation=implementation)) == default
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,13 @@
-"""Operands of the CUDA kernels, and what the kernels should make of them."""
+"""Operands of kernels, what they should make of them, and CUDA's kernels replaced by what does."""
 
+import contextlib
+
+import jax.numpy as jnp
 import numpy as np
 import operator_reference as reference
+from jax.interpreters import mlir
+
+from adderflax.operators import _gpu, _gpu_kernels, _reference
 
 
 def operands(method, batch, rows, columns, terms, dtype, kind, seed=0):
@@ -38,3 +44,23 @@ def expectation(method, rule, x, y, g):
 
 def exact_sums(x, y):
     return -np.abs(x[..., :, None, :].astype(int) - y.mT[..., None, :, :].astype(int)).sum(-1)
+
+
+def _launch_reference(problem, tile, *arrays):
+    if problem.operation == "bytes":
+        return _reference.forward(*_gpu.unpacked(*arrays)).astype(jnp.int32)
+    rule = () if problem.rule is None else (problem.rule,)
+    if problem.method == "gradient_y":
+        x, y, g = (jnp.swapaxes(array, -1, -2) for array in arrays)
+        return jnp.swapaxes(_reference.gradient_x(y, x, g, *rule), -1, -2)
+    return getattr(_reference, problem.method)(*arrays, *rule)
+
+
+@contextlib.contextmanager
+def cuda_lowered_for_cpu(monkeypatch):
+    """The primitive of CUDA's kernels in programs for the CPU, with the reference in the kernels' place."""
+    monkeypatch.setattr(_gpu_kernels, "unavailable", lambda: None)
+    monkeypatch.setattr(_gpu, "launch", _launch_reference)
+    mlir.register_lowering(_gpu._adder.primitive, _gpu._adder.lower, platform="cpu")
+    yield
+    del mlir._platform_specific_lowerings["cpu"][_gpu._adder.primitive]

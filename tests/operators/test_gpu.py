@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import operator_reference as reference
 import pytest
-from gpu_operands import exact_sums, expectation, operands
+from gpu_operands import cuda_lowered_for_cpu, exact_sums, operands
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
 from adderflax.operators import _gpu, _reference, adder_matmul
 from adderflax.operators import _gpu_kernels as kernels
@@ -99,123 +98,9 @@ def test_refusals(any_machine, monkeypatch):
 
 
 @pytest.fixture
-def on_cpu(any_machine, monkeypatch):
-    """The primitive lowered for the CPU, with the reference in the place of the kernel."""
-
-    def launch(problem, tile, *arrays):
-        if problem.operation == "bytes":
-            return _reference.forward(*_gpu.unpacked(*arrays)).astype(jnp.int32)
-        rule = () if problem.rule is None else (problem.rule,)
-        if problem.method == "gradient_y":
-            x, y, g = (jnp.swapaxes(array, -1, -2) for array in arrays)
-            return jnp.swapaxes(_reference.gradient_x(y, x, g, *rule), -1, -2)
-        return getattr(_reference, problem.method)(*arrays, *rule)
-
-    monkeypatch.setattr(_gpu, "launch", launch)
-    mlir.register_lowering(_gpu._adder_p, _gpu._lower, platform="cpu")
-    yield
-    del mlir._platform_specific_lowerings["cpu"][_gpu._adder_p]
-
-
-METHODS = [("forward", ()), ("gradient_x", (Rule("hardtanh"),)), ("gradient_y", (Rule("sign"),))]
-
-
-def check(method, rule, actual, x, y, g):
-    name = rule[0].kind if rule else None
-    value, terms = expectation(method, name, *(np.asarray(array) for array in (x, y, g)))
-    reference.assert_within(np.asarray(actual), value, terms, method)
-
-
-def used(method, x, y, g):
-    return (x, y) if method == "forward" else (x, y, g)
-
-
-@pytest.mark.parametrize(("method", "rule"), METHODS)
-def test_batches_fold_and_vmap(on_cpu, method, rule):
-    x, y, g = operands("forward", 4, 5, 7, 6, "float32", "normal")
-    function = lambda *arrays: getattr(_gpu, method)(*arrays, *rule)  # noqa: E731
-    check(method, rule, jax.jit(function)(*used(method, x, y, g)), x, y, g)
-    check(method, rule, jax.vmap(function)(*used(method, x, y, g)), x, y, g)
-    pairs = [array.reshape(2, 2, *array.shape[1:]) for array in (x, y, g)]
-    nested = jax.vmap(function, in_axes=1, out_axes=1)(*used(method, *pairs))
-    check(method, rule, np.reshape(nested, (4, *nested.shape[2:])), x, y, g)
-    # One y for all.
-    axes = used(method, 0, None, 0)
-    shared = jax.vmap(function, in_axes=axes)(*used(method, x, y[0], g))
-    check(method, rule, shared, x, np.broadcast_to(y[:1], y.shape), g)
-    if method != "gradient_y":
-        folded = jax.jit(function)(*used(method, x, y[0], g))
-        check(method, rule, folded, x, np.broadcast_to(y[:1], y.shape), g)
-
-
-@pytest.mark.parametrize(("method", "rule"), METHODS)
-def test_empty_operands(on_cpu, method, rule):
-    for m, k, n in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-        x, y, g = jnp.ones((m, k)), jnp.ones((k, n)), jnp.ones((m, n))
-        check(method, rule, getattr(_gpu, method)(*used(method, x, y, g), *rule), x, y, g)
-
-
-SHARDINGS = {
-    "rows": (("i", None), (None, None), ("i", None)),
-    "columns": ((None, None), (None, "i"), (None, "i")),
-    "contracted": ((None, "i"), ("i", None), (None, None)),
-    "one side only": (("i", None), ("i", None), (None, "i")),
-}
-
-
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize(("method", "rule"), METHODS)
-def test_partitioned_by_the_compiler(on_cpu, method, rule, sharding):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    arrays = [array[0] for array in operands("forward", 1, 8, 6, 10, "float32", "normal")]
-    placed = [
-        jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
-        for array, axes in zip(arrays, SHARDINGS[sharding])
-    ]
-    function = lambda *arrays: getattr(_gpu, method)(*arrays, *rule)  # noqa: E731
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(function).lower(*used(method, *placed)).compile()
-    check(method, rule, compiled(*used(method, *placed)), *arrays)
-    text = compiled.as_text()
-    if (sharding, method) in (("rows", "forward"), ("rows", "gradient_x"), ("columns", "forward")):
-        assert "all-gather" not in text and "all-reduce" not in text
-    if (sharding, method) in (("contracted", "forward"), ("rows", "gradient_y"), ("columns", "gradient_x")):
-        assert "all-gather" not in text and "all-reduce" in text
-
-
-def test_without_a_mesh_the_compiler_partitions_the_xla_form(on_cpu, monkeypatch, caplog):
-    def launch(*arguments):
-        raise AssertionError("a kernel in a program that the compiler would replicate")
-
-    monkeypatch.setattr(_gpu, "launch", launch)
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    x, y, _ = (array[0] for array in operands("forward", 1, 8, 6, 10, "float32", "normal"))
-    rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("i", None)))
-    actual = jax.jit(lambda x, y: _gpu.forward(x, y))(rows, y)
-    np.testing.assert_allclose(actual, reference.forward(x, y)[0], rtol=1e-5)
-    assert "name the mesh with jax.set_mesh" in caplog.text
-    # Under a shard_map over some axes, XLA partitions over the others.
-    mesh = jax.make_mesh((1, 2), ("i", "j"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    spec = PartitionSpec("i")
-    partly = jax.shard_map(_gpu.forward, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"i"})
-    np.testing.assert_allclose(jax.jit(partly)(x, y), reference.forward(x, y)[0], rtol=1e-5)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize(("method", "rule"), METHODS)
-def test_under_shard_map(on_cpu, method, rule, check_vma):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    arrays = operands("forward", 2, 8, 6, 10, "float32", "normal")
-    spec = PartitionSpec("i")
-
-    def function(*arrays):
-        result = getattr(_gpu, method)(*arrays, *rule)
-        if check_vma:
-            assert jax.typeof(result).manual_axis_type.varying == {"i"}
-        return result
-
-    run = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
-    check(method, rule, jax.jit(run)(*used(method, *arrays)), *arrays)
+def on_cpu(monkeypatch):
+    with cuda_lowered_for_cpu(monkeypatch):
+        yield
 
 
 # --- integers ---
@@ -254,28 +139,6 @@ def test_integers_take_the_kernel_of_bytes_where_it_is_named(on_cpu, monkeypatch
     assert not any(problem.operation == "bytes" for problem in launched)
     np.testing.assert_array_equal(named(x, y.view(np.uint8)), exact_sums(x, y.view(np.uint8)))
     assert dtype == np.uint8 or not any(problem.operation == "bytes" for problem in launched)
-
-
-def test_batches_of_integers_fold_and_vmap(on_cpu):
-    x, y = integer_operands(4, 5, 7, 6)
-    np.testing.assert_array_equal(jax.vmap(named)(x, y), exact_sums(x, y))
-    np.testing.assert_array_equal(jax.vmap(named, (0, None))(x, y[0]), exact_sums(x, y[:1]))
-    np.testing.assert_array_equal(named(x, y[0]), exact_sums(x, y[:1]))
-    np.testing.assert_array_equal(named(x[0], y), exact_sums(x[:1], y))
-
-
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_integers_partitioned_by_the_compiler(on_cpu, sharding):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    arrays = integer_operands(8, 16, 10)
-    placed = [
-        jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
-        for array, axes in zip(arrays, SHARDINGS[sharding])
-    ]
-    with jax.set_mesh(mesh):
-        np.testing.assert_array_equal(jax.jit(named)(*placed), exact_sums(*arrays))
-    # Without a mesh the compiler partitions the plain form.
-    np.testing.assert_array_equal(jax.jit(lambda x, y: named(x, y))(*placed), exact_sums(*arrays))
 
 
 def test_exported_integers_hold_xla_operations_only(any_machine):

@@ -304,7 +304,7 @@ def on_cpu(any_machine, monkeypatch):
 
     monkeypatch.setattr(attention, "launch", counted)
     monkeypatch.setattr(_gpu, "launch", plain)
-    primitives = ((attention._attention_p, attention._lower), (_gpu._adder_p, _gpu._lower))
+    primitives = ((attention._attention_p, attention._lower), (_gpu._adder.primitive, _gpu._adder.lower))
     for primitive, lower in primitives:
         mlir.register_lowering(primitive, lower, platform="cpu")
     yield launched

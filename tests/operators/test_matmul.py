@@ -188,7 +188,7 @@ def test_bad_calls(name):
 
 
 def test_available_implementations():
-    assert available_implementations("cpu") == ("reference", "xla")
+    assert available_implementations("cpu") == ("reference", "xla", "cpu")
     assert "gpu" in available_implementations() and "gpu" in available_implementations("cuda")
     assert available_implementations("gpu") == available_implementations("cuda")
     assert available_implementations("METAL") == ("reference", "xla")

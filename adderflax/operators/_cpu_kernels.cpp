@@ -1,0 +1,503 @@
+// The adder operator on CPUs: sums of tiles in vector registers, called by XLA through its FFI.
+//
+// All kernels compute out[r, c] = sum over t of a term of A[r, t], B[t, c] and, for gradients, of H[r, c],
+// which has the result's shape. The columns lie along the lanes of vectors. Panels of a few vectors of
+// columns are copied ("packed") into one run of memory, padded with zeros, and every tile of rows walks down
+// its panel with its sums in registers: of A it reads scalars, which the processor broadcasts.
+//
+//   forward     A = x [M, K]           B = y [K, N]                           |a - b|
+//   gradient_x  A = g [M, N]           B = y, transposed   H = x [M, K]       clip(b - h) a
+//   gradient_y  A = x, transposed      B = g [M, N]        H = y [K, N]       clip(a - h) b
+//   bytes       A = x [M, K], uint8    B = y [K, N]                           |a - b|, eight terms a step
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+// With ADDERFLAX_PLAIN the text runs that other processors than x86's get, in tests.
+#if defined(__x86_64__) && !defined(ADDERFLAX_PLAIN)
+#define ADDERFLAX_X86
+#include <immintrin.h>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define ADDERFLAX_AVX512
+#elif defined(__AVX2__)
+#define ADDERFLAX_AVX2
+#endif
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// ---- vectors ----
+
+#if defined(ADDERFLAX_AVX512)
+constexpr int kLanes = 16;
+#elif defined(ADDERFLAX_AVX2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+
+inline Vector load(const float* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof(vector)); }
+
+// The first lanes only, of any number: zeros in the others, which are neither read nor written.
+inline Vector load_first(const float* from, int64_t lanes) {
+  if (lanes >= kLanes) return load(from);
+#if defined(ADDERFLAX_AVX512)
+  return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << std::max<int64_t>(lanes, 0)) - 1), from);
+#else
+  Vector vector = {};
+  for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i];
+  return vector;
+#endif
+}
+
+inline void store_first(float* to, Vector vector, int64_t lanes) {
+  if (lanes >= kLanes) return store(to, vector);
+#if defined(ADDERFLAX_AVX512)
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << std::max<int64_t>(lanes, 0)) - 1), (__m512)vector);
+#else
+  for (int64_t i = 0; i < lanes; ++i) to[i] = vector[i];
+#endif
+}
+
+inline Vector magnitude(Vector d) { return (Vector)((Integers)d & 0x7fffffff); }
+
+// Between -limit and limit; a NaN stays one, so the second operand of these instructions is d.
+inline Vector clip(Vector d, Vector limit) {
+#if defined(ADDERFLAX_AVX512)
+  return (Vector)_mm512_min_ps((__m512)limit, _mm512_max_ps((__m512)-limit, (__m512)d));
+#elif defined(ADDERFLAX_AVX2)
+  return (Vector)_mm256_min_ps((__m256)limit, _mm256_max_ps((__m256)-limit, (__m256)d));
+#else
+  d = d < -limit ? -limit : d;
+  return d > limit ? limit : d;
+#endif
+}
+
+// -1, 0 or 1, and NaN for NaN.
+inline Vector sign(Vector d) {
+  const Vector one = Vector{} + 1.0f;
+  const Vector result = d > 0.0f ? one : (d < 0.0f ? -one : Vector{});
+  return d == d ? result : d;
+}
+
+// ---- threads ----
+
+// Calls run(0) to run(count - 1), on XLA's threads too. The caller takes its share and waits only for what
+// others have begun, so that it never waits for a thread that waits like itself.
+template <typename Run>
+void for_each(ffi::ThreadPool& pool, int64_t count, const Run& run) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t finished = 0;
+    std::mutex mutex;
+    std::condition_variable all_finished;
+  };
+  auto state = std::make_shared<State>();
+  // One that starts late finds nothing left, and touches nothing of the caller's, which may be gone.
+  auto work = [state, count, &run] {
+    int64_t done = 0;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++done) run(i);
+    if (done == 0) return;
+    std::lock_guard<std::mutex> lock(state->mutex);
+    if ((state->finished += done) == count) state->all_finished.notify_all();
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_finished.wait(lock, [&] { return state->finished == count; });
+}
+
+int64_t ceil_div(int64_t length, int64_t step) { return (length + step - 1) / step; }
+
+// ---- how a problem is cut ----
+
+struct Lengths {
+  int64_t batch, rows, columns, terms;
+};
+
+// Memory on whole cache lines, a thread's own, kept for its next call.
+template <typename T>
+T* workspace(int64_t count) {
+  thread_local std::vector<T> memory;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if ((int64_t)memory.size() < count + kLine) memory.resize(count + kLine);
+  auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (64 - address % 64) % 64 / sizeof(T);
+}
+
+constexpr int64_t kMostRows = 240;   // of an item of work: enough that packing its panel costs little
+constexpr int64_t kFewestRows = 48;  // where threads would idle otherwise
+constexpr int64_t kRowStep = 24;     // most heights of tiles divide it
+constexpr int64_t kMostTerms = 512;  // in a panel, so that it stays in the second-level cache
+
+// Runs tiles(batch, first row, last row, first column, columns) for all of a problem.
+template <typename Tiles>
+void cut(ffi::ThreadPool& pool, const Lengths& n, int64_t panel, const Tiles& tiles) {
+  const int64_t panels = ceil_div(n.columns, panel);
+  const int64_t fair = n.batch * n.rows * panels / (4 * (int64_t)pool.num_threads());
+  const int64_t most = std::max(kFewestRows, std::min(kMostRows, fair));
+  const int64_t chunks = ceil_div(n.rows, most);
+  const int64_t rows = ceil_div(ceil_div(n.rows, chunks), kRowStep) * kRowStep;
+  for_each(pool, n.batch * panels * chunks, [&](int64_t item) {
+    const int64_t chunk = item % chunks, first = item / chunks % panels * panel;
+    const int64_t start = chunk * rows, end = std::min(n.rows, start + rows);
+    if (start < end) tiles(item / chunks / panels, start, end, first, std::min(panel, n.columns - first));
+  });
+}
+
+// ---- float32 ----
+
+enum class Term { kForward, kHardtanhA, kSignA, kHardtanhB, kSignB };
+
+constexpr bool is_gradient(Term term) { return term != Term::kForward; }
+constexpr bool weight_is_a(Term term) { return term == Term::kHardtanhA || term == Term::kSignA; }
+
+// Rows of a tile that is `vectors` wide: sums, and for gradients H, fill the registers.
+constexpr int tile_rows(Term term, int vectors) {
+#if defined(ADDERFLAX_AVX512) || defined(__aarch64__)  // 32 registers
+  if (is_gradient(term)) return vectors == 3 ? 4 : vectors == 2 ? 6 : 10;
+  return vectors == 3 ? 6 : vectors == 2 ? 8 : 12;
+#else
+  if (is_gradient(term)) return vectors == 3 ? 1 : vectors == 2 ? 2 : 4;
+  return vectors == 3 ? 3 : vectors == 2 ? 5 : 8;
+#endif
+}
+
+struct Floats {
+  const float *a, *b, *h;
+  float* out;
+  Lengths n;
+  bool a_transposed = false, b_transposed = false;  // in memory [T, R] and [C, T]
+  float limit = 0.0f, factor = 1.0f;                // of differences; of the whole sum
+};
+
+// Copies columns first.. and terms t.. of B to [terms, width], zeros in the columns that are not there.
+void pack(const Floats& f, const float* b, int64_t t, int64_t terms, int64_t first, int64_t columns, int64_t width,
+          float* panel) {
+  if (!f.b_transposed) {
+    for (int64_t i = 0; i < terms; ++i)
+      for (int64_t c = 0; c < width; c += kLanes)
+        store(panel + i * width + c, load_first(b + (t + i) * f.n.columns + first + c, columns - c));
+    return;
+  }
+  int64_t c = 0;
+#if defined(ADDERFLAX_X86)
+  for (; c + 4 <= columns; c += 4) {
+    const float* from = b + (first + c) * f.n.terms + t;
+    int64_t i = 0;
+    for (; i + 4 <= terms; i += 4) {
+      __m128 rows[4];
+      for (int j = 0; j < 4; ++j) rows[j] = _mm_loadu_ps(from + j * f.n.terms + i);
+      _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+      for (int j = 0; j < 4; ++j) _mm_storeu_ps(panel + (i + j) * width + c, rows[j]);
+    }
+    for (; i < terms; ++i)
+      for (int j = 0; j < 4; ++j) panel[i * width + c + j] = from[j * f.n.terms + i];
+  }
+#endif
+  for (; c < columns; ++c)
+    for (int64_t i = 0; i < terms; ++i) panel[i * width + c] = b[(first + c) * f.n.terms + t + i];
+  for (; c < width; ++c)
+    for (int64_t i = 0; i < terms; ++i) panel[i * width + c] = 0.0f;
+}
+
+// Adds `terms` terms to a tile of the result, or sets it to their sum.
+template <Term term, int vectors>
+void tile(const float* a, int64_t a_row, int64_t a_term, const float* panel, int64_t terms, const float* h, float* out,
+          int64_t columns, int64_t valid_rows, int64_t valid_columns, bool add, float limit, float factor) {
+  constexpr int kRows = tile_rows(term, vectors);
+  constexpr int kWidth = vectors * kLanes;
+  // Rows that are not there are the last one again, and are not stored.
+  const float* a_rows[kRows];
+  for (int i = 0; i < kRows; ++i) a_rows[i] = a + std::min<int64_t>(i, valid_rows - 1) * a_row;
+  Vector sums[kRows][vectors], held[kRows][vectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < vectors; ++j) sums[i][j] = Vector{};
+    if (is_gradient(term)) {
+      const float* from = h + std::min<int64_t>(i, valid_rows - 1) * columns;
+      for (int j = 0; j < vectors; ++j) held[i][j] = load_first(from + j * kLanes, valid_columns - j * kLanes);
+    }
+  }
+  const Vector bound = Vector{} + limit;
+  for (int64_t t = 0; t < terms; ++t) {
+    Vector right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = load(panel + t * kWidth + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const float left = a_rows[i][t * a_term];
+      for (int j = 0; j < vectors; ++j) {
+        if (term == Term::kForward) sums[i][j] += magnitude(left - right[j]);
+        if (term == Term::kHardtanhA) sums[i][j] += clip(right[j] - held[i][j], bound) * left;
+        if (term == Term::kSignA) sums[i][j] += sign(right[j] - held[i][j]) * left;
+        if (term == Term::kHardtanhB) sums[i][j] += clip(left - held[i][j], bound) * right[j];
+        if (term == Term::kSignB) sums[i][j] += sign(left - held[i][j]) * right[j];
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= valid_rows) break;
+    for (int j = 0; j < vectors; ++j) {
+      float* to = out + i * columns + j * kLanes;
+      const int64_t lanes = valid_columns - j * kLanes;
+      const Vector before = add ? load_first(to, lanes) : Vector{};
+      store_first(to, before + sums[i][j] * factor, lanes);
+    }
+  }
+}
+
+template <Term term, int vectors>
+void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_t first, int64_t columns) {
+  constexpr int kRows = tile_rows(term, vectors), kWidth = vectors * kLanes;
+  const Lengths& n = f.n;
+  const float* a = f.a + batch * n.rows * n.terms;
+  const float* b = f.b + batch * n.terms * n.columns;
+  const float* h = is_gradient(term) ? f.h + batch * n.rows * n.columns + first : nullptr;
+  float* out = f.out + batch * n.rows * n.columns + first;
+  const int64_t a_row = f.a_transposed ? 1 : n.terms, a_term = f.a_transposed ? n.rows : 1;
+  float* panel = workspace<float>(std::min(kMostTerms, n.terms) * kWidth);
+  for (int64_t t = 0; t < n.terms; t += kMostTerms) {
+    const int64_t terms = std::min(kMostTerms, n.terms - t);
+    pack(f, b, t, terms, first, columns, kWidth, panel);
+    for (int64_t m = start; m < end; m += kRows)
+      tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, panel, terms, h + m * n.columns,
+                          out + m * n.columns, n.columns, std::min<int64_t>(kRows, end - m), columns, t > 0, f.limit,
+                          f.factor);
+  }
+}
+
+template <Term term>
+void run(ffi::ThreadPool& pool, const Floats& f) {
+  constexpr int kVectors = 3;
+  cut(pool, f.n, kVectors * kLanes,
+      [&](int64_t batch, int64_t start, int64_t end, int64_t first, int64_t columns) {
+        const int64_t vectors = ceil_div(columns, kLanes);
+        if (vectors == 1) panel_of<term, 1>(f, batch, start, end, first, columns);
+        if (vectors == 2) panel_of<term, 2>(f, batch, start, end, first, columns);
+        if (vectors == 3) panel_of<term, 3>(f, batch, start, end, first, columns);
+      });
+}
+
+// ---- bytes ----
+
+// Terms are taken eight at a time: a step of a panel has eight consecutive terms of each of its columns,
+// which is what x86's sums of absolute differences (psadbw) take, 64 terms an instruction with AVX-512.
+
+struct Bytes {
+  const uint8_t *a, *b;
+  int32_t* out;
+  Lengths n;
+};
+
+constexpr int kStep = 8;
+
+#if defined(ADDERFLAX_AVX512)
+typedef __m512i Sums;  // of one column in each lane of 64 bits
+constexpr int kByteRows = 6, kMostByteVectors = 4;
+inline Sums add_distances(Sums sums, int64_t left, const uint8_t* right) {
+  return _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_set1_epi64(left), _mm512_loadu_si512(right)));
+}
+#elif defined(ADDERFLAX_AVX2)
+typedef __m256i Sums;
+constexpr int kByteRows = 4, kMostByteVectors = 2;
+inline Sums add_distances(Sums sums, int64_t left, const uint8_t* right) {
+  return _mm256_add_epi64(
+      sums, _mm256_sad_epu8(_mm256_set1_epi64x(left), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(right))));
+}
+#else
+struct Sums {
+  int64_t lanes[2];
+};
+constexpr int kByteRows = 4, kMostByteVectors = 2;
+inline Sums add_distances(Sums sums, int64_t left, const uint8_t* right) {
+  uint8_t bytes[kStep];
+  std::memcpy(bytes, &left, kStep);
+  for (int lane = 0; lane < 2; ++lane) {
+    int distance = 0;
+    for (int i = 0; i < kStep; ++i) distance += std::abs(bytes[i] - right[lane * kStep + i]);
+    sums.lanes[lane] += distance;
+  }
+  return sums;
+}
+#endif
+constexpr int kByteLanes = sizeof(Sums) / 8;
+
+// The negative of the first columns' sums.
+inline void store_negative(int32_t* to, Sums sums, int64_t columns) {
+  int64_t lanes[kByteLanes];
+  std::memcpy(lanes, &sums, sizeof(sums));
+#if defined(ADDERFLAX_AVX512)
+  const auto mask = (__mmask8)((1u << std::max<int64_t>(0, std::min<int64_t>(columns, 8))) - 1);
+  return _mm512_mask_cvtepi64_storeu_epi32(to, mask, _mm512_sub_epi64(_mm512_setzero_si512(), sums));
+#endif
+  for (int64_t i = 0; i < std::min<int64_t>(columns, kByteLanes); ++i) to[i] = (int32_t)-lanes[i];
+}
+
+// Copies columns first.. of B to [steps, width, kStep], zeros in terms and columns that are not there.
+void pack(const Bytes& f, const uint8_t* b, int64_t first, int64_t columns, int64_t width, uint8_t* panel) {
+  for (int64_t t = 0; t < f.n.terms; t += kStep, panel += width * kStep) {
+    const int64_t terms = std::min<int64_t>(kStep, f.n.terms - t);
+    const uint8_t* from = b + t * f.n.columns + first;
+    int64_t c = 0;
+#if defined(ADDERFLAX_X86)
+    for (; terms == kStep && c + 16 <= columns; c += 16) {
+      __m128i rows[8], pairs[8], fours[8];
+      for (int i = 0; i < 8; ++i)
+        rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * f.n.columns + c));
+      for (int i = 0; i < 4; ++i) {
+        pairs[i] = _mm_unpacklo_epi8(rows[2 * i], rows[2 * i + 1]);
+        pairs[i + 4] = _mm_unpackhi_epi8(rows[2 * i], rows[2 * i + 1]);
+      }
+      for (int half = 0; half < 8; half += 4) {
+        const __m128i* p = pairs + half;
+        fours[half] = _mm_unpacklo_epi16(p[0], p[1]);
+        fours[half + 1] = _mm_unpackhi_epi16(p[0], p[1]);
+        fours[half + 2] = _mm_unpacklo_epi16(p[2], p[3]);
+        fours[half + 3] = _mm_unpackhi_epi16(p[2], p[3]);
+        __m128i* to = reinterpret_cast<__m128i*>(panel + (c + 2 * half) * kStep);
+        for (int i = 0; i < 2; ++i) {
+          _mm_storeu_si128(to + 2 * i, _mm_unpacklo_epi32(fours[half + i], fours[half + i + 2]));
+          _mm_storeu_si128(to + 2 * i + 1, _mm_unpackhi_epi32(fours[half + i], fours[half + i + 2]));
+        }
+      }
+    }
+#endif
+    for (; c < width; ++c)
+      for (int64_t i = 0; i < kStep; ++i)
+        panel[c * kStep + i] = i < terms && c < columns ? from[i * f.n.columns + c] : 0;
+  }
+}
+
+template <int vectors>
+void tile(const uint8_t* a, const uint8_t* panel, int32_t* out, const Lengths& n, int64_t valid_rows,
+          int64_t valid_columns) {
+  const uint8_t* a_rows[kByteRows];
+  for (int i = 0; i < kByteRows; ++i) a_rows[i] = a + std::min<int64_t>(i, valid_rows - 1) * n.terms;
+  Sums sums[kByteRows][vectors] = {};
+  auto add = [&](int i, int64_t left) {
+    for (int j = 0; j < vectors; ++j)
+      sums[i][j] = add_distances(sums[i][j], left, panel + j * kByteLanes * kStep);
+  };
+  int64_t t = 0;
+  for (; t + kStep <= n.terms; t += kStep, panel += vectors * kByteLanes * kStep) {
+    for (int i = 0; i < kByteRows; ++i) {
+      int64_t left;
+      std::memcpy(&left, a_rows[i] + t, kStep);
+      add(i, left);
+    }
+  }
+  if (t < n.terms) {  // the last ones, filled up by zeros that meet those of the panel
+    for (int i = 0; i < kByteRows; ++i) {
+      int64_t left = 0;
+      std::memcpy(&left, a_rows[i] + t, n.terms - t);
+      add(i, left);
+    }
+  }
+  for (int i = 0; i < kByteRows; ++i) {
+    if (i >= valid_rows) break;
+    for (int j = 0; j < vectors; ++j)
+      store_negative(out + i * n.columns + j * kByteLanes, sums[i][j], valid_columns - j * kByteLanes);
+  }
+}
+
+template <int vectors>
+void panel_of(const Bytes& f, int64_t batch, int64_t start, int64_t end, int64_t first, int64_t columns) {
+  constexpr int kWidth = vectors * kByteLanes;
+  uint8_t* panel = workspace<uint8_t>(ceil_div(f.n.terms, kStep) * kStep * kWidth);
+  pack(f, f.b + batch * f.n.terms * f.n.columns, first, columns, kWidth, panel);
+  const uint8_t* a = f.a + batch * f.n.rows * f.n.terms;
+  int32_t* out = f.out + batch * f.n.rows * f.n.columns + first;
+  for (int64_t m = start; m < end; m += kByteRows)
+    tile<vectors>(a + m * f.n.terms, panel, out + m * f.n.columns, f.n, std::min<int64_t>(kByteRows, end - m), columns);
+}
+
+void run(ffi::ThreadPool& pool, const Bytes& f) {
+  cut(pool, f.n, kMostByteVectors * kByteLanes,
+      [&](int64_t batch, int64_t start, int64_t end, int64_t first, int64_t columns) {
+        const int64_t vectors = ceil_div(columns, kByteLanes);
+        if (vectors == 1) panel_of<1>(f, batch, start, end, first, columns);
+        if (vectors == 2) panel_of<2>(f, batch, start, end, first, columns);
+        if (vectors == 3) panel_of<3>(f, batch, start, end, first, columns);
+        if (vectors == 4) panel_of<4>(f, batch, start, end, first, columns);
+      });
+}
+
+// ---- what XLA calls ----
+
+template <ffi::DataType type>
+int64_t axis(const ffi::Buffer<type>& array, int from_the_end) {
+  return array.dimensions()[array.dimensions().size() - from_the_end];
+}
+
+template <ffi::DataType type>
+Lengths lengths(const ffi::Buffer<type>& result, int64_t terms) {
+  const int64_t rows = axis(result, 2), columns = axis(result, 1);
+  return {(int64_t)result.element_count() / (rows * columns), rows, columns, terms};
+}
+
+using F32 = ffi::Buffer<ffi::F32>;
+using U8 = ffi::Buffer<ffi::U8>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 y, ffi::Result<F32> out) {
+  Floats f = {x.typed_data(), y.typed_data(), nullptr, out->typed_data(), lengths(*out, axis(x, 1))};
+  f.factor = -1.0f;
+  run<Term::kForward>(pool, f);
+  return ffi::Error::Success();
+}
+
+// The rule is slope * clip(d, -limit, limit), or sign(d) where the limit is 0.
+ffi::Error gradient_x(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit, float slope) {
+  Floats f = {g.typed_data(), y.typed_data(), x.typed_data(), out->typed_data(), lengths(*out, axis(g, 1))};
+  f.b_transposed = true;
+  f.limit = limit;
+  f.factor = slope;
+  limit > 0 ? run<Term::kHardtanhA>(pool, f) : run<Term::kSignA>(pool, f);
+  return ffi::Error::Success();
+}
+
+ffi::Error gradient_y(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit, float slope) {
+  Floats f = {x.typed_data(), g.typed_data(), y.typed_data(), out->typed_data(), lengths(*out, axis(g, 2))};
+  f.a_transposed = true;
+  f.limit = limit;
+  f.factor = slope;
+  limit > 0 ? run<Term::kHardtanhB>(pool, f) : run<Term::kSignB>(pool, f);
+  return ffi::Error::Success();
+}
+
+ffi::Error bytes(ffi::ThreadPool pool, U8 x, U8 y, ffi::Result<S32> out) {
+  run(pool, Bytes{x.typed_data(), y.typed_data(), out->typed_data(), lengths(*out, axis(x, 1))});
+  return ffi::Error::Success();
+}
+
+auto with_pool() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(adderflax_forward, forward, with_pool().Arg<F32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    adderflax_gradient_x, gradient_x,
+    with_pool().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("limit").Attr<float>("slope"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    adderflax_gradient_y, gradient_y,
+    with_pool().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("limit").Attr<float>("slope"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(adderflax_bytes, bytes, with_pool().Arg<U8>().Arg<U8>().Ret<S32>());

@@ -1,0 +1,261 @@
+"""The CPU kernels: every instruction set's text against float64, threads, and how they are compiled."""
+
+import concurrent.futures
+import functools
+import os
+import platform
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import operator_reference as reference
+import pytest
+from gpu_operands import exact_sums
+
+from adderflax.operators import _cpu, _cpu_library, _xla, adder_attention, adder_conv, adder_matmul
+from adderflax.operators.rules import Rule
+
+INSTRUCTIONS = {"native": (), "plain": ("-DADDERFLAX_PLAIN",)}
+if platform.machine() == "x86_64":
+    INSTRUCTIONS["avx2"] = ("-mno-avx512f",)
+RULES = (Rule("hardtanh", 2.0), Rule("sign"))
+# (M, K, N): whole and ragged tiles and panels in every axis, one element, more terms than a panel takes.
+SHAPES = [
+    (1, 1, 1),
+    (2, 3, 4),
+    (7, 8, 5),
+    (13, 9, 16),
+    (25, 40, 17),
+    (6, 48, 48),
+    (50, 31, 33),
+    (5, 17, 100),
+    (100, 64, 3),
+    (3, 513, 8),
+    (260, 7, 49),
+    (4, 1100, 65),
+    (530, 5, 20),
+]
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if reason := _cpu.unavailable():
+        pytest.skip(reason)
+
+
+@functools.cache
+def targets(name):
+    return _cpu_library.registered(_cpu_library.built(INSTRUCTIONS[name]), f"adderflax_{name}")
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request, monkeypatch):
+    """The kernels compiled for what this machine has, and for less."""
+    monkeypatch.setattr(_cpu_library, "targets", lambda: targets(request.param))
+
+
+def operands(m, k, n, *batch, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.normal(size=(*batch, *shape)).astype(np.float32) for shape in ((m, k), (k, n), (m, n))]
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["one", "batch"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agree_with_float64(instructions, shape, batch):
+    x, y, g = operands(*shape, *batch)
+    bytes_x, bytes_y = (np.random.default_rng(1).integers(0, 256, a.shape, np.uint8) for a in (x, y))
+
+    @jax.jit
+    def run(x, y, g, bytes_x, bytes_y):
+        gradients = [[f(x, y, g, rule) for f in (_cpu.gradient_x, _cpu.gradient_y)] for rule in RULES]
+        return _cpu.forward(x, y), gradients, _cpu.byte_distances(bytes_x, bytes_y)
+
+    out, gradients, sums = run(x, y, g, bytes_x, bytes_y)
+    reference.assert_within(np.asarray(out), *reference.forward(x, y), "forward")
+    for rule, found in zip(RULES, gradients):
+        name = ("hardtanh", rule.slope) if rule.kind == "hardtanh" else rule.kind
+        for actual, expected in zip(found, reference.gradients(x, y, g, name, name)):
+            reference.assert_within(np.asarray(actual), *expected, f"gradient, {name}")
+    np.testing.assert_array_equal(sums, exact_sums(bytes_x, bytes_y))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("method", ["gradient_x", "gradient_y"])
+def test_nan_and_infinity_pass_as_through_xla(instructions, method, rule):
+    x, y, g = operands(9, 20, 35)
+    x[2, 3], x[4, 5], y[6, 7], y[8, 9] = np.nan, np.inf, -np.inf, np.nan
+    actual, expected = (
+        np.asarray(jax.jit(functools.partial(getattr(module, method), rule=rule))(x, y, g))
+        for module in (_cpu, _xla)
+    )
+    assert np.isnan(expected).any() and np.isfinite(expected).any()
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_does_not_depend_on_where_it_is_cut(instructions):
+    # Hence not on the number of threads either.
+    x, y, g = operands(700, 600, 130)
+    run = jax.jit(lambda x, y, g: (_cpu.forward(x, y), _cpu.gradient_x(x, y, g, RULES[0])))
+    whole, part = run(x, y, g), run(x[301:307], y, g[301:307])
+    for all_rows, rows in zip(whole, part):
+        np.testing.assert_array_equal(all_rows[301:307], rows)
+    columns = jax.jit(_cpu.forward)(x, y[:, 40:59])
+    np.testing.assert_array_equal(whole[0][:, 40:59], columns)
+
+
+def test_programs_that_run_side_by_side():
+    # More of them than XLA has threads, each waiting for its own parts.
+    x, y, g = operands(300, 40, 200, 4)
+    run = jax.jit(lambda x, y, g: (_cpu.forward(x, y), _cpu.gradient_x(x, y, g, RULES[0])))
+    expected = jax.block_until_ready(run(x, y, g))
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        calls = [threads.submit(lambda: jax.block_until_ready(run(x, y, g))) for _ in range(200)]
+        for call in calls:
+            jax.tree.map(np.testing.assert_array_equal, call.result(timeout=120), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in INSTRUCTIONS if name != "native")],
+)
+def test_nothing_outside_of_the_operands_is_touched(name, tmp_path):
+    libraries = []
+    for sanitizer in ("asan", "ubsan"):
+        command = [_cpu_library._compiler(), f"-print-file-name=lib{sanitizer}.so"]
+        libraries.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("the compiler has no address and undefined behaviour sanitizers to preload")
+    script = Path(__file__).with_name("cpu_sanitized.py")
+    told = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "XLA_FLAGS": ""}
+    told |= {"PYTHONPATH": f"{script.parent}:{script.parents[2]}", "JAX_PLATFORMS": "cpu"}
+    # In a cache of its own: what is compiled with sanitizers is of no use to anybody else.
+    environment = os.environ | told | {"ADDERFLAX_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(script), *INSTRUCTIONS[name]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "clean", done.stderr[-5000:]
+
+
+@pytest.mark.parametrize("slope", [2.0**-30, 2.0**30])
+def test_extreme_slopes_stay_in_range(slope):
+    x, y, g = operands(5, 6, 7)
+    x, y, g = x * 1e-3, y * 1e-3, g * 1e30
+    found = _cpu.gradient_x(*map(jnp.asarray, (x, y, g)), Rule("hardtanh", slope))
+    expected = reference.gradients(x, y, g, ("hardtanh", slope), "full")[0]
+    reference.assert_within(np.asarray(found), *expected, "gradient")
+
+
+def test_all_operators_run_them():
+    x, y, _ = operands(20, 30, 40)
+    images, kernel = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 8))
+    query = jnp.ones((2, 5, 3, 8))
+    calls = {
+        "adderflax_forward": lambda name: adder_matmul(x, y, implementation=name),
+        "adderflax_bytes": lambda name: adder_conv(
+            images.astype(jnp.int8), kernel.astype(jnp.int8), implementation=name
+        ),
+        "adderflax_gradient_y": lambda name: jax.grad(
+            lambda key: adder_attention(query, key, query, implementation=name).sum()
+        )(query),
+    }
+    for target, call in calls.items():
+        text = jax.jit(functools.partial(call, "cpu")).lower().as_text()
+        assert target in text
+        assert "adderflax" not in jax.jit(functools.partial(call, None)).lower().as_text()
+
+
+def test_shapes_must_be_known():
+    (rows,) = jax.export.symbolic_shape("rows")
+    shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 6), (6, 7))]
+    assert "shapes must be known" in _cpu.refuses(*shaped)
+
+
+# --- the library ---
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Nothing compiled yet, in a cache of its own; what is found out here is forgotten afterwards."""
+    monkeypatch.setenv("ADDERFLAX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    for cached in (_cpu_library.unavailable, _cpu_library.targets):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (_cpu_library.unavailable, _cpu_library.targets):
+        cached.cache_clear()
+
+
+def compiler(folder, monkeypatch, text):
+    """A compiler that is a script, named by CXX."""
+    path = folder / "compiler"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit\n{text}\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(path))
+
+
+def reason_given():
+    with pytest.raises(ValueError, match="implementation=None falls back") as raised:
+        adder_matmul(jnp.ones((2, 3)), jnp.ones((3, 4)), implementation="cpu")
+    return str(raised.value)
+
+
+def test_without_a_compiler(elsewhere, monkeypatch):
+    monkeypatch.setenv("PATH", str(elsewhere))
+    assert "need a C++ compiler, and none of c++, g++, clang++ was found; install one" in reason_given()
+    assert adder_matmul(jnp.ones((2, 3)), jnp.ones((3, 4))).shape == (2, 4)
+    monkeypatch.setenv("CXX", "my-compiler")
+    _cpu_library.unavailable.cache_clear()
+    assert "none of my-compiler was found" in reason_given()
+
+
+def test_a_compiler_that_fails(elsewhere, monkeypatch):
+    compiler(elsewhere, monkeypatch, "echo no headers >&2\nexit 1")
+    assert "could not compile the CPU kernels" in (reason := reason_given()) and "no headers" in reason
+    assert not list((elsewhere / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written(elsewhere, monkeypatch):
+    (elsewhere / "file").touch()
+    monkeypatch.setenv("ADDERFLAX_CACHE_DIR", str(elsewhere / "file" / "cache"))
+    assert "cannot be written" in (reason := reason_given()) and "ADDERFLAX_CACHE_DIR" in reason
+
+
+def test_a_library_that_cannot_be_loaded(elsewhere, monkeypatch):
+    compiler(elsewhere, monkeypatch, 'for last; do :; done\necho broken > "$last"')
+    assert f"delete {elsewhere}/cache/cpu_kernels_" in reason_given()
+
+
+def test_compiled_once_for_a_source_a_compiler_and_its_options(elsewhere, monkeypatch):
+    script = f'for last; do :; done\ntouch "$last"\necho "$@" >> {elsewhere}/calls'
+    compiler(elsewhere, monkeypatch, script)
+
+    def calls():
+        return (elsewhere / "calls").read_text().count(" -o ")
+
+    first = _cpu_library.built()
+    assert _cpu_library.built() == first and calls() == 1
+    assert first.parent == elsewhere / "cache" and list(first.parent.iterdir()) == [first]
+    assert _cpu_library.built(("-DADDERFLAX_PLAIN",)) != first and calls() == 2
+    changed = elsewhere / "changed.cpp"
+    changed.write_text(_cpu_library.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(_cpu_library, "SOURCE", changed)
+    assert _cpu_library.built() != first and calls() == 3
+    monkeypatch.setattr(_cpu_library, "_processor", lambda: "another")
+    _cpu_library.built()
+    assert calls() == 4
+
+
+def test_the_cache_lies_where_users_have_theirs(monkeypatch, tmp_path):
+    monkeypatch.delenv("ADDERFLAX_CACHE_DIR", raising=False)
+    monkeypatch.setattr(_cpu_library.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _cpu_library.cache_folder() == tmp_path / "adderflax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _cpu_library.cache_folder() == tmp_path / ".cache" / "adderflax"
+    monkeypatch.setattr(_cpu_library.sys, "platform", "darwin")
+    assert _cpu_library.cache_folder() == tmp_path / "Library" / "Caches" / "adderflax"
