@@ -89,10 +89,18 @@ class AdderDense(nn.Module):
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         rows = inputs if inputs.ndim > 1 else inputs[None]
-        rules = {"grad_x": self.grad_x, "grad_y": self.grad_kernel}
-        sums = adder_matmul(rows, kernel, p=p, **rules, implementation=self.implementation)
+        sums = self.distances(rows, kernel, p)
         sums = _centered(self, sums if inputs.ndim > 1 else sums[0], kernel, p)
         return _normalized(self, sums, inputs.dtype)
+
+    def distances(self, inputs: Array, kernel: Array, p: Exponent = 1.0) -> Array:
+        """``-sum |x - w|^p`` of `inputs` [..., M, in], `kernel` [in, features]: float32 [..., M, features].
+
+        The layer's call centers and normalizes it. It is a method so that `nn.intercept_methods` can replace
+        it, as what computes with integers does.
+        """
+        rules = {"grad_x": self.grad_x, "grad_y": self.grad_kernel}
+        return adder_matmul(inputs, kernel, p=p, **rules, implementation=self.implementation)
 
 
 class AdderConv(nn.Module):
@@ -147,21 +155,17 @@ class AdderConv(nn.Module):
         """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
         _require_layer(self)
         require_pair("kernel_size", self.kernel_size)
-        window = geometry(self)
-        channels = inputs.shape[-1] // self.feature_group_count
+        channels = inputs.shape[-1] // geometry(self)["feature_group_count"]
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
-        sums = adder_conv(
-            inputs,
-            kernel,
-            **window,
-            p=p,
-            grad_x=self.grad_x,
-            grad_kernel=self.grad_kernel,
-            implementation=self.implementation,
-        )
+        sums = self.distances(inputs, kernel, p)
         return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
+
+    def distances(self, inputs: Array, kernel: Array, p: Exponent = 1.0) -> Array:
+        """``-sum |patch - w|^p``, float32 [N, H', W', features]; a method for `AdderDense`'s reason."""
+        rules = {"grad_x": self.grad_x, "grad_kernel": self.grad_kernel}
+        return adder_conv(inputs, kernel, **geometry(self), p=p, **rules, implementation=self.implementation)
 
 
 def geometry(layer: AdderConv) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Speed of the adder operators on the shapes of vision transformers, beside torch and multiplication.
 
-    python -m benchmarks.operators                         every case; 10 minutes on 2 CPU cores
+    python -m benchmarks.operators                         every case; 20 minutes on 2 CPU cores
     python -m benchmarks.operators --batches 1,8 --only scores
     python -m benchmarks.operators --page                  rewrite results/operators.md from the files there
 
-An element is one term |x[m, k] - y[k, n]|. Times are medians of runs that alternate in one process.
+An element is one term |x[m, k] - y[k, n]|. Times are medians of runs that alternate in one process. On a CPU
+"kernels" is implementation="cpu", where a compiler builds it, and sums of int8 are timed too.
 Results go to results/operators/NAME.json, one file a machine, and from there to results/operators.md.
 """
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adderflax import adder_matmul, pipes
+from adderflax.operators._dispatch import unavailable
 from benchmarks.operators_page import write_page
 from benchmarks.timing import alternate, device_limits, limit_loop, machine, whole_rows
 
@@ -103,11 +105,30 @@ def _contenders(case, x, y, g) -> dict[str, dict[str, Callable[[], Any]]]:
         if loop := limit_loop(whole_rows(rows), depth, columns):
             found["forward"]["limit loop"] = loop
     if jax.devices()[0].platform == "cpu":
+        if unavailable("cpu") is None:
+            by_kernels = functools.partial(adder, implementation="cpu")
+            for method, run in methods.items():
+                run = jax.jit(functools.partial(run, by_kernels))
+                found[method]["kernels"] = functools.partial(run, *operands)
+            found["int8"] = _int8(x, y, found["forward"]["multiply"])
         # Above these sizes a single call takes more than a second.
         if case.elements <= 3e9:
             found["forward"] |= _torch_forward(x, y)
         if case.elements <= 5e8:
             found["input gradient"] |= _torch_gradient(x, y, g)
+    return found
+
+
+def _int8(x, y, multiply):
+    """Sums of int8 by either implementation, beside products in float32, and in int8 by torch."""
+    x, y = (np.clip(np.round(32 * array), -128, 127).astype(np.int8) for array in (x, y))
+    operands = tuple(map(jnp.asarray, (x, y)))
+    adders = {"adderflax": adder_matmul, "kernels": functools.partial(adder_matmul, implementation="cpu")}
+    found = {name: functools.partial(jax.jit(adder), *operands) for name, adder in adders.items()}
+    found["multiply"] = multiply
+    if (torch := _torch()) is not None and x.ndim == 2:
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
+        found["torch int8"] = lambda: torch._int_mm(x, y)
     return found
 
 

@@ -16,7 +16,7 @@ import pytest
 from adderflax import adder_matmul
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError, RunConfig
-from benchmarks import operators, step, templates, timing
+from benchmarks import inference, operators, step, templates, timing
 
 
 def test_operators_are_timed_and_tabulated(tmp_path, monkeypatch, capsys):
@@ -41,12 +41,38 @@ def test_operators_are_timed_and_tabulated(tmp_path, monkeypatch, capsys):
     assert limit["seconds"] >= 1e-3 * 197 / 192
     assert forward["share_of_limit"] == pytest.approx(rate / limit["elements_per_second"])
     assert ours[1]["share_of_limit"] == pytest.approx(ours[1]["elements_per_second"] / 5e8)
-    assert {record["contender"] for record in written["records"]} >= {"adderflax", "multiply"}
+    contenders = {record["contender"] for record in written["records"]}
+    assert contenders >= {"adderflax", "multiply"}
 
     page = (tmp_path / "operators.md").read_text()
     assert written["machine"]["device"] in page and "394 x 24 x 48" in page and "12 x 5 x 64 x 5" in page
     assert f"| {rate / 1e9:,.1f} |" in page
     assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
+    if "kernels" in contenders:  # where a compiler builds them
+        kernels = [r for r in written["records"] if r["lengths"] == [197, 24, 48] and r["method"] == "int8"]
+        rates = {record["contender"]: record["elements_per_second"] for record in kernels}
+        assert rates.keys() >= {"adderflax", "kernels", "multiply"}
+        against = [f"{rates['kernels'] / rates[name]:.3g}" for name in ("adderflax", "multiply")]
+        assert f"| {rates['kernels'] / 1e9:,.1f} | {' | '.join(against)} |" in page
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize("implementation", ["cpu"])  # skipped where no compiler builds it
+def test_models_are_timed_beside_their_twins(implementation, tmp_path, capsys):
+    adder, twin = "weights/cifar10_adder_vit", "weights/cifar10_twin"
+    assert inference.main([adder, twin, "--batches=1,2", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)["records"]
+    names = ["twin, float32", "adder, float32", "adder, float32, kernels", "adder, int8, kernels"]
+    assert [(r["batch"], r["contender"]) for r in records] == [(b, name) for b in (1, 2) for name in names]
+    assert min(record["images_per_second"] for record in records) > 0
+    wrong = (
+        ([adder, twin, "--batches=0"], "positive numbers such as 1,64"),
+        ([adder, str(tmp_path)], "error: "),
+    )
+    for given, said in wrong:
+        with pytest.raises(SystemExit) as raised:
+            inference.main(given)
+        assert said in capsys.readouterr().err + str(raised.value)
 
 
 def test_operators_refuse_unknown_cases(capsys):

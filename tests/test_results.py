@@ -104,6 +104,27 @@ def test_the_identity_by_depth():
     assert told.format(*(np.mean(accuracies[row]) for row in rows)) in page
 
 
+def test_the_kernels_of_the_cpu():
+    seconds = {}
+    for record in json.loads((RESULTS / "operators" / "AMD_EPYC_x2.json").read_text())["records"]:
+        key = tuple(record["lengths"]), record["method"]
+        seconds.setdefault(key, {})[record["contender"]] = record["seconds"]
+
+    def told(method, other):
+        ratios = [s[other] / s["kernels"] for (_, m), s in seconds.items() if m == method and other in s]
+        return [f"{value:.2f}" for value in (min(ratios), max(ratios), np.median(ratios))]
+
+    page = " ".join((RESULTS.parent / "docs" / "accelerators.md").read_text().split())
+    for method, other, text in (
+        ("forward", "adderflax", "the forward pass {} to {} times as fast (median {})"),
+        ("input gradient", "adderflax", "the input gradient {} to {} times ({})"),
+        ("int8", "adderflax", "sums of int8 {} to {} times ({})"),
+        ("int8", "multiply", "{} to {} times as fast as `jnp.matmul` in float32 ({})"),
+        ("int8", "torch int8", "{} to {} times their speed ({})"),
+    ):
+        assert text.format(*told(method, other)) in page
+
+
 def test_ranks_of_the_weights_that_come_along():
     told, features = [], []
     for model, label in (

@@ -168,10 +168,10 @@ void cut(ffi::ThreadPool& pool, const Lengths& n, int64_t panel, const Tiles& ti
 
 // ---- float32 ----
 
+// The rule of gradients, and whether A or B is what it is multiplied by.
 enum class Term { kForward, kHardtanhA, kSignA, kHardtanhB, kSignB };
 
 constexpr bool is_gradient(Term term) { return term != Term::kForward; }
-constexpr bool weight_is_a(Term term) { return term == Term::kHardtanhA || term == Term::kSignA; }
 
 // Rows of a tile that is `vectors` wide: sums, and for gradients H, fill the registers.
 constexpr int tile_rows(Term term, int vectors) {
@@ -279,9 +279,9 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
     const int64_t terms = std::min(kMostTerms, n.terms - t);
     pack(f, b, t, terms, first, columns, kWidth, panel);
     for (int64_t m = start; m < end; m += kRows)
-      tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, panel, terms, h + m * n.columns,
-                          out + m * n.columns, n.columns, std::min<int64_t>(kRows, end - m), columns, t > 0, f.limit,
-                          f.factor);
+      tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, panel, terms,
+                          is_gradient(term) ? h + m * n.columns : nullptr, out + m * n.columns, n.columns,
+                          std::min<int64_t>(kRows, end - m), columns, t > 0, f.limit, f.factor);
   }
 }
 
@@ -343,13 +343,14 @@ constexpr int kByteLanes = sizeof(Sums) / 8;
 
 // The negative of the first columns' sums.
 inline void store_negative(int32_t* to, Sums sums, int64_t columns) {
+#if defined(ADDERFLAX_AVX512)
+  const auto mask = (__mmask8)((1u << std::max<int64_t>(0, std::min<int64_t>(columns, kByteLanes))) - 1);
+  _mm512_mask_cvtepi64_storeu_epi32(to, mask, _mm512_sub_epi64(_mm512_setzero_si512(), sums));
+#else
   int64_t lanes[kByteLanes];
   std::memcpy(lanes, &sums, sizeof(sums));
-#if defined(ADDERFLAX_AVX512)
-  const auto mask = (__mmask8)((1u << std::max<int64_t>(0, std::min<int64_t>(columns, 8))) - 1);
-  return _mm512_mask_cvtepi64_storeu_epi32(to, mask, _mm512_sub_epi64(_mm512_setzero_si512(), sums));
-#endif
   for (int64_t i = 0; i < std::min<int64_t>(columns, kByteLanes); ++i) to[i] = (int32_t)-lanes[i];
+#endif
 }
 
 // Copies columns first.. of B to [steps, width, kStep], zeros in terms and columns that are not there.

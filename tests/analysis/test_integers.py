@@ -1,6 +1,7 @@
 """Integer models: their sums are those of whole numbers, their grids the best."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ def test_outputs_are_the_unit_times_the_integer_sums(bits, centered):
         )
         outputs = np.asarray(jax.jit(integers.apply)(images))
         np.testing.assert_array_equal(outputs, (found[f"{name}/sums"] + constant) * 2.0**operation.exponent)
+        by_integers = functools.partial(integers.apply, implementation="reference")
+        np.testing.assert_array_equal(jax.jit(by_integers)(images), outputs)
         # And they are close to the model's own where the grid is fine.
         if bits == 8:
             own = np.asarray(model.apply(variables, images))
@@ -316,3 +319,20 @@ def test_a_diverged_model_is_refused(value):
     variables["params"]["layer"]["adder_kernel"] = jnp.full((4, 3), value)
     with pytest.raises(ValueError, match="not finite, so no grid holds them"):
         quantize(model, variables, images)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_sums_of_int8_give_the_same_bits(implementation):
+    model, variables, images = model_of(**SMALL, patch_embedding="adder", head="adder")
+    integers = quantize(model, variables, images)
+    expected = jax.jit(integers.apply)(images)
+    program = jax.jit(functools.partial(integers.apply, implementation=implementation))
+    np.testing.assert_array_equal(program(images), expected)
+    assert ("adderflax_bytes" in program.lower(images).as_text()) == (implementation == "cpu")
+    assert "i8>" not in jax.jit(integers.apply).lower(images).as_text()
+
+
+def test_an_unknown_implementation_is_refused():
+    model, variables, images = model_of(**SMALL)
+    with pytest.raises(ValueError, match="unknown name 'fast'"):
+        quantize(model, variables, images).apply(images, implementation="fast")
