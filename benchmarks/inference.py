@@ -21,6 +21,7 @@ import jax
 
 from adderflax import pipes
 from adderflax.analysis.integers import in_float32, quantize
+from adderflax.data import DatasetInfo
 from adderflax.operators._dispatch import unavailable
 from adderflax.training.config import ConfigError
 from adderflax.training.restore import load_model
@@ -31,8 +32,8 @@ _CALIBRATION = 64
 _KERNELS = "cpu"
 
 
-def contenders(adder: Path, twin: Path) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """Compiled functions of normalized images, by name.
+def contenders(adder: Path, twin: Path) -> tuple[dict[str, Callable[[jax.Array], jax.Array]], DatasetInfo]:
+    """Compiled functions of normalized images, by name, and the description of these images.
 
     Raises:
       ValueError: the two take different images, or the CPU's kernels cannot be built.
@@ -42,8 +43,11 @@ def contenders(adder: Path, twin: Path) -> dict[str, Callable[[jax.Array], jax.A
         raise ValueError(f"{adder} and {twin} take images of different sizes: they are no twins.")
     if reason := unavailable(_KERNELS):
         raise ValueError(f"The kernels for int8 are not to be had here: {reason}.")
-    model, other = in_float32(model), in_float32(other)
-    by_kernels = model.clone(config=dataclasses.replace(model.config, implementation=_KERNELS))
+    other = in_float32(other)
+    model, by_kernels = (
+        in_float32(model.clone(config=dataclasses.replace(model.config, implementation=implementation)))
+        for implementation in (None, _KERNELS)
+    )
     integers = quantize(model, variables, random_images(info, _CALIBRATION))
     functions = {
         "twin, float32": functools.partial(other.apply, other_variables),
@@ -51,10 +55,10 @@ def contenders(adder: Path, twin: Path) -> dict[str, Callable[[jax.Array], jax.A
         "adder, float32, kernels": functools.partial(by_kernels.apply, variables),
         "adder, int8, kernels": functools.partial(integers.apply, implementation=_KERNELS),
     }
-    return {name: jax.jit(function) for name, function in functions.items()}
+    return {name: jax.jit(function) for name, function in functions.items()}, info
 
 
-def random_images(info, count: int) -> jax.Array:
+def random_images(info: DatasetInfo, count: int) -> jax.Array:
     """Normalized images [count, H, W, C]."""
     shape = (count, info.image_size, info.image_size, info.channels)
     return jax.random.normal(jax.random.key(0), shape)
@@ -62,7 +66,7 @@ def random_images(info, count: int) -> jax.Array:
 
 def measure(adder: Path, twin: Path, batches: tuple[int, ...]) -> list[dict[str, Any]]:
     """A record for each batch and contender."""
-    functions, info = contenders(adder, twin), load_model(adder)[2]
+    functions, info = contenders(adder, twin)
     records = []
     for batch in batches:
         images = random_images(info, batch)

@@ -16,6 +16,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Programs that several tests compile alike are compiled once a session, those of commands included.
 _cache = tempfile.TemporaryDirectory(prefix="adderflax-test-cache-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+# So are the CPU's kernels, by all workers together: these inherit the first process's folder.
+os.environ.setdefault("ADDERFLAX_CACHE_DIR", _cache.name)
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # grain's worker processes read absl flags, which pytest does not parse.
@@ -32,8 +34,8 @@ def pytest_configure(config):
 
 def pytest_runtest_setup(item):
     """Skips what runs the CPU's kernels where nothing compiles them."""
-    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    if any(isinstance(value, str) and value == "cpu" for value in parameters):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "cpu" in (str(parameters.get(name)) for name in ("implementation", "kernels")):
         from adderflax.operators import _cpu
 
         if reason := _cpu.unavailable():

@@ -88,11 +88,12 @@ class IntegerModel:
             by it, "cpu" by instructions for bytes: the same bits, faster. Similarities stay in float32.
 
         Raises:
-          ValueError: the implementation is not known, or does not run here.
+          ValueError: the implementation is not known, or cannot be built here.
+          NotImplementedError: it is one for another platform than the program's.
         """
 
         def intercept(next_function, arguments, keywords, context):
-            if implementation is not None and context.method_name == "distances":
+            if implementation is not None and _adds(context, "distances"):
                 return self._distances(context.module, *arguments[:2], implementation)
             return self._on_grids(next_function, arguments, keywords, context)
 
@@ -388,10 +389,10 @@ def _sums(
     return adder_matmul(rows, templates, implementation=implementation).reshape(*inputs.shape[:-1], -1)
 
 
-def _adds(context: nn.module.InterceptorContext) -> bool:
-    """Whether this is the call of an adder layer of the model; one that is tried by itself has no path."""
+def _adds(context: nn.module.InterceptorContext, method: str = "__call__") -> bool:
+    """Whether an adder layer of the model is called so; one that is tried by itself has no path."""
     layer = context.module
-    return context.method_name == "__call__" and isinstance(layer, (AdderDense, AdderConv)) and layer.path
+    return context.method_name == method and isinstance(layer, (AdderDense, AdderConv)) and layer.path
 
 
 def _similarity_of(

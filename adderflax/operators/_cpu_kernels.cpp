@@ -20,7 +20,7 @@
 #include <mutex>
 #include <vector>
 
-// With ADDERFLAX_PLAIN the text runs that other processors than x86's get, in tests.
+// With ADDERFLAX_PLAIN the text is compiled that other processors than x86's get: for tests.
 #if defined(__x86_64__) && !defined(ADDERFLAX_PLAIN)
 #define ADDERFLAX_X86
 #include <immintrin.h>
@@ -149,13 +149,15 @@ T* workspace(int64_t count) {
 constexpr int64_t kMostRows = 240;   // of an item of work: enough that packing its panel costs little
 constexpr int64_t kFewestRows = 48;  // where threads would idle otherwise
 constexpr int64_t kRowStep = 24;     // most heights of tiles divide it
-constexpr int64_t kMostTerms = 512;  // in a panel, so that it stays in the second-level cache
+// In a panel, so that it stays in the second-level cache: 96 KiB of float32, 128 of bytes.
+constexpr int64_t kMostTerms = 512, kMostByteTerms = 4096;
 
 // Runs tiles(batch, first row, last row, first column, columns) for all of a problem.
 template <typename Tiles>
 void cut(ffi::ThreadPool& pool, const Lengths& n, int64_t panel, const Tiles& tiles) {
   const int64_t panels = ceil_div(n.columns, panel);
-  const int64_t fair = n.batch * n.rows * panels / (4 * (int64_t)pool.num_threads());
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t fair = n.batch * n.rows * panels / (4 * threads);
   const int64_t most = std::max(kFewestRows, std::min(kMostRows, fair));
   const int64_t chunks = ceil_div(n.rows, most);
   const int64_t rows = ceil_div(ceil_div(n.rows, chunks), kRowStep) * kRowStep;
@@ -175,7 +177,7 @@ constexpr bool is_gradient(Term term) { return term != Term::kForward; }
 
 // Rows of a tile that is `vectors` wide: sums, and for gradients H, fill the registers.
 constexpr int tile_rows(Term term, int vectors) {
-#if defined(ADDERFLAX_AVX512) || defined(__aarch64__)  // 32 registers
+#if defined(ADDERFLAX_AVX512) || !defined(ADDERFLAX_X86)  // 32 registers, as ARM has them
   if (is_gradient(term)) return vectors == 3 ? 4 : vectors == 2 ? 6 : 10;
   return vectors == 3 ? 6 : vectors == 2 ? 8 : 12;
 #else
@@ -341,22 +343,26 @@ inline Sums add_distances(Sums sums, int64_t left, const uint8_t* right) {
 #endif
 constexpr int kByteLanes = sizeof(Sums) / 8;
 
-// The negative of the first columns' sums.
-inline void store_negative(int32_t* to, Sums sums, int64_t columns) {
+// Takes the first columns' sums off what is there, or off 0.
+inline void subtract_first(int32_t* from, Sums sums, int64_t columns, bool add) {
 #if defined(ADDERFLAX_AVX512)
   const auto mask = (__mmask8)((1u << std::max<int64_t>(0, std::min<int64_t>(columns, kByteLanes))) - 1);
-  _mm512_mask_cvtepi64_storeu_epi32(to, mask, _mm512_sub_epi64(_mm512_setzero_si512(), sums));
+  const __m256i before = add ? _mm256_maskz_loadu_epi32(mask, from) : _mm256_setzero_si256();
+  _mm256_mask_storeu_epi32(from, mask, _mm256_sub_epi32(before, _mm512_cvtepi64_epi32(sums)));
 #else
   int64_t lanes[kByteLanes];
   std::memcpy(lanes, &sums, sizeof(sums));
-  for (int64_t i = 0; i < std::min<int64_t>(columns, kByteLanes); ++i) to[i] = (int32_t)-lanes[i];
+  for (int64_t i = 0; i < std::min<int64_t>(columns, kByteLanes); ++i)
+    from[i] = (int32_t)((add ? from[i] : 0) - lanes[i]);
 #endif
 }
 
-// Copies columns first.. of B to [steps, width, kStep], zeros in terms and columns that are not there.
-void pack(const Bytes& f, const uint8_t* b, int64_t first, int64_t columns, int64_t width, uint8_t* panel) {
-  for (int64_t t = 0; t < f.n.terms; t += kStep, panel += width * kStep) {
-    const int64_t terms = std::min<int64_t>(kStep, f.n.terms - t);
+// Copies columns first.. of B [all, columns] to [steps, width, kStep], zeros in terms and columns that are not
+// there.
+void pack(const Bytes& f, const uint8_t* b, int64_t all, int64_t first, int64_t columns, int64_t width,
+          uint8_t* panel) {
+  for (int64_t t = 0; t < all; t += kStep, panel += width * kStep) {
+    const int64_t terms = std::min<int64_t>(kStep, all - t);
     const uint8_t* from = b + t * f.n.columns + first;
     int64_t c = 0;
 #if defined(ADDERFLAX_X86)
@@ -388,9 +394,10 @@ void pack(const Bytes& f, const uint8_t* b, int64_t first, int64_t columns, int6
   }
 }
 
+// Takes the distances of `terms` terms off a tile of the result, or off 0.
 template <int vectors>
-void tile(const uint8_t* a, const uint8_t* panel, int32_t* out, const Lengths& n, int64_t valid_rows,
-          int64_t valid_columns) {
+void tile(const uint8_t* a, const uint8_t* panel, int64_t terms, int32_t* out, const Lengths& n, int64_t valid_rows,
+          int64_t valid_columns, bool add_to_it) {
   const uint8_t* a_rows[kByteRows];
   for (int i = 0; i < kByteRows; ++i) a_rows[i] = a + std::min<int64_t>(i, valid_rows - 1) * n.terms;
   Sums sums[kByteRows][vectors] = {};
@@ -399,36 +406,41 @@ void tile(const uint8_t* a, const uint8_t* panel, int32_t* out, const Lengths& n
       sums[i][j] = add_distances(sums[i][j], left, panel + j * kByteLanes * kStep);
   };
   int64_t t = 0;
-  for (; t + kStep <= n.terms; t += kStep, panel += vectors * kByteLanes * kStep) {
+  for (; t + kStep <= terms; t += kStep, panel += vectors * kByteLanes * kStep) {
     for (int i = 0; i < kByteRows; ++i) {
       int64_t left;
       std::memcpy(&left, a_rows[i] + t, kStep);
       add(i, left);
     }
   }
-  if (t < n.terms) {  // the last ones, filled up by zeros that meet those of the panel
+  if (t < terms) {  // the last ones, filled up by zeros that meet those of the panel
     for (int i = 0; i < kByteRows; ++i) {
       int64_t left = 0;
-      std::memcpy(&left, a_rows[i] + t, n.terms - t);
+      std::memcpy(&left, a_rows[i] + t, terms - t);
       add(i, left);
     }
   }
   for (int i = 0; i < kByteRows; ++i) {
     if (i >= valid_rows) break;
     for (int j = 0; j < vectors; ++j)
-      store_negative(out + i * n.columns + j * kByteLanes, sums[i][j], valid_columns - j * kByteLanes);
+      subtract_first(out + i * n.columns + j * kByteLanes, sums[i][j], valid_columns - j * kByteLanes, add_to_it);
   }
 }
 
 template <int vectors>
 void panel_of(const Bytes& f, int64_t batch, int64_t start, int64_t end, int64_t first, int64_t columns) {
   constexpr int kWidth = vectors * kByteLanes;
-  uint8_t* panel = workspace<uint8_t>(ceil_div(f.n.terms, kStep) * kStep * kWidth);
-  pack(f, f.b + batch * f.n.terms * f.n.columns, first, columns, kWidth, panel);
-  const uint8_t* a = f.a + batch * f.n.rows * f.n.terms;
-  int32_t* out = f.out + batch * f.n.rows * f.n.columns + first;
-  for (int64_t m = start; m < end; m += kByteRows)
-    tile<vectors>(a + m * f.n.terms, panel, out + m * f.n.columns, f.n, std::min<int64_t>(kByteRows, end - m), columns);
+  const Lengths& n = f.n;
+  const uint8_t *a = f.a + batch * n.rows * n.terms, *b = f.b + batch * n.terms * n.columns;
+  int32_t* out = f.out + batch * n.rows * n.columns + first;
+  uint8_t* panel = workspace<uint8_t>(ceil_div(std::min(kMostByteTerms, n.terms), kStep) * kStep * kWidth);
+  for (int64_t t = 0; t < n.terms; t += kMostByteTerms) {
+    const int64_t terms = std::min(kMostByteTerms, n.terms - t);
+    pack(f, b + t * n.columns, terms, first, columns, kWidth, panel);
+    for (int64_t m = start; m < end; m += kByteRows)
+      tile<vectors>(a + m * n.terms + t, panel, terms, out + m * n.columns, n, std::min<int64_t>(kByteRows, end - m),
+                    columns, t > 0);
+  }
 }
 
 void run(ffi::ThreadPool& pool, const Bytes& f) {

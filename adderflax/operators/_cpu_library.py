@@ -28,9 +28,17 @@ _SECONDS = 300  # for the compiler; it takes 5
 _logger = logging.getLogger("adderflax.operators")
 
 
-@functools.cache
 def unavailable() -> str | None:
     """Why there are no kernels here, or None; compiles them where that was never done."""
+    try:
+        # Looked for each time, since one may be installed; what it failed to compile is not tried again.
+        return _failure(_compiler(), cache_folder())
+    except _NotCompiled as error:
+        return str(error)
+
+
+@functools.cache
+def _failure(compiler: str, folder: Path) -> str | None:
     try:
         targets()
     except _NotCompiled as error:
@@ -50,7 +58,8 @@ def registered(path: Path, prefix: str) -> dict[str, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise _NotCompiled(
-            f"the compiled CPU kernels cannot be loaded ({error}); delete {path}, to have them compiled again"
+            f"the compiled CPU kernels cannot be loaded ({error}); delete {path}, to have them compiled"
+            f" again, or name another folder in the environment variable {CACHE_VARIABLE}"
         ) from error
     names = {kernel: f"{prefix}_{kernel}" for kernel in KERNELS}
     for kernel, name in names.items():
@@ -75,7 +84,7 @@ def built(options: tuple[str, ...] = ()) -> Path:
     compiler = _compiler()
     tuned = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     options = ("-std=c++17", "-O3", tuned, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", *options)
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = _run([compiler, "--version"]).stdout
     key = [
         SOURCE.read_text(),
         compiler,
@@ -91,24 +100,40 @@ def built(options: tuple[str, ...] = ()) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ADDERFLAX_CACHE_DIR, or adderflax in the user's folder of caches."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "adderflax"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adderflax"
+    """Where compiled kernels are kept: ADDERFLAX_CACHE_DIR, or adderflax in the user's folder of caches.
+
+    Raises:
+        _NotCompiled: there is no such user.
+    """
+    try:
+        if named := os.environ.get(CACHE_VARIABLE):
+            return Path(named).expanduser().absolute()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "adderflax"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "adderflax"
+    except RuntimeError as error:
+        raise _NotCompiled(
+            f"there is no folder for compiled CPU kernels ({error}); name one in the environment variable"
+            f" {CACHE_VARIABLE}"
+        ) from error
 
 
 def _compiler() -> str:
     if os.name != "posix":
         raise _NotCompiled(f"the CPU kernels are compiled on Linux and macOS, and this is {sys.platform}")
-    candidates = (os.environ["CXX"],) if os.environ.get("CXX") else _COMPILERS
-    for candidate in candidates:
+    if named := os.environ.get("CXX"):
+        if (found := shutil.which(named)) is None:
+            raise _NotCompiled(
+                f"CXX={named!r} in the environment is no C++ compiler that can be found; it must be the name"
+                " or the path of one, without arguments"
+            )
+        return found
+    for candidate in _COMPILERS:
         if found := shutil.which(candidate):
             return found
     raise _NotCompiled(
-        f"the CPU kernels need a C++ compiler, and none of {', '.join(candidates)} was found; install one"
-        " (on Debian and Ubuntu: apt install g++), or name it in the environment variable CXX"
+        f"the CPU kernels need a C++ compiler, and none of {', '.join(_COMPILERS)} was found; install one (on"
+        " Debian and Ubuntu: apt install g++), or name it in the environment variable CXX"
     )
 
 
@@ -117,33 +142,36 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return f"{platform.machine()} {platform.processor()} {platform.version()}"
-    told = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(told)))
+        lines = []
+    told = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa", "uarch", "cpu")
+    described = dict.fromkeys(line for line in lines if line.startswith(told) and "MHz" not in line)
+    return "\n".join([platform.machine(), *(described or (platform.processor(), platform.version()))])
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    """Runs the compiler to its end, whatever that is."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _NotCompiled(f"the CPU kernels were not compiled: {error}") from error
 
 
 def _compile(command: list[str], path: Path) -> None:
     """Runs the compiler; the library appears whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = tempfile.TemporaryDirectory(dir=path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            compiled = Path(folder, path.name)
+            _logger.info("Compiling the CPU kernels to %s.", path)
+            done = _run([*command, "-o", str(compiled)])
+            if done.returncode:
+                raise _NotCompiled(
+                    f"{command[0]} could not compile the CPU kernels; another compiler can be named in the"
+                    f" environment variable CXX. Its last words: {done.stderr.strip()[-2000:]}"
+                )
+            os.replace(compiled, path)
     except OSError as error:
         raise _NotCompiled(
             f"the folder {path.parent} for compiled CPU kernels cannot be written ({error}); name another"
             f" in the environment variable {CACHE_VARIABLE}"
         ) from error
-    with folder:
-        compiled = Path(folder.name, path.name)
-        _logger.info("Compiling the CPU kernels to %s.", path)
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(compiled)], capture_output=True, text=True, timeout=_SECONDS
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise _NotCompiled(f"the CPU kernels were not compiled: {error}") from error
-        if done.returncode:
-            raise _NotCompiled(
-                f"{command[0]} could not compile the CPU kernels; another compiler can be named in the"
-                f" environment variable CXX. Its last words: {done.stderr.strip()[-2000:]}"
-            )
-        os.replace(compiled, path)

@@ -130,9 +130,15 @@ def check_implementation(name: str | None) -> str | None:
 
 
 def check_accepts(name: str | None, x: jax.Array, y: jax.Array) -> None:
-    """Raises a ValueError if an explicitly named implementation does not take the operands."""
-    reason = None if name is None else IMPLEMENTATIONS[name].refuses(x, y)
-    if reason is not None:
+    """Raises a ValueError if an explicitly named implementation is not here or does not take the operands."""
+    if name is None:
+        return
+    if (lacking := unavailable(name)) is not None:
+        raise ValueError(
+            f"implementation: {name!r} cannot be built on this machine: {lacking}. implementation=None"
+            " chooses by platform."
+        )
+    if (reason := IMPLEMENTATIONS[name].refuses(x, y)) is not None:
         raise ValueError(
             f"implementation: {name!r} does not take x {x.shape} {x.dtype} and y {y.shape} "
             f"{y.dtype}: {reason}. implementation=None falls back by itself."

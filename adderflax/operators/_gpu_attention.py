@@ -24,7 +24,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adderflax.operators import _attention_xla, _gpu
 from adderflax.operators import _gpu_kernels as kernels
-from adderflax.operators._primitives import batch_in_front, is_local, knowing_mesh, lower_function, named_mesh
+from adderflax.operators._primitives import (
+    batch_in_front,
+    evaluate_compiled,
+    is_local,
+    knowing_mesh,
+    lower_function,
+    named_mesh,
+)
 from adderflax.operators.rules import Rule
 
 DEEPEST = 128  # of queries, keys and values: a thread holds their gradients in registers
@@ -205,7 +212,7 @@ def _abstract(query, key, value, *rest, method, **static):
     return [query.update(shape=shape, dtype=jnp.dtype("float32"), weak_type=False) for shape in shapes]
 
 
-_attention_p.def_impl(jax.jit(_attention_p.bind, static_argnames=("method", "scale", "rules", "partitioned")))
+evaluate_compiled(_attention_p, ("method", "scale", "rules", "partitioned"))
 
 
 def _batched(operands, axes, **static):

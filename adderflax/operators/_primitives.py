@@ -61,6 +61,17 @@ def require_other_platforms(ctx, name: str, devices: str) -> None:
         )
 
 
+def evaluate_compiled(primitive: Primitive, static_argnames: tuple[str, ...]) -> None:
+    """Has a primitive run eagerly as a compiled program, its only form, under `jax.disable_jit` too."""
+    compiled = jax.jit(primitive.bind, static_argnames=static_argnames)
+
+    def evaluate(*operands, **static):
+        with jax.disable_jit(False):
+            return compiled(*operands, **static)
+
+    primitive.def_impl(evaluate)
+
+
 def named_mesh(axis_context):
     """The mesh of jax.set_mesh, if XLA partitions the whole program over it, or None."""
     if isinstance(axis_context, mlir.SPMDAxisContext):
@@ -109,8 +120,7 @@ class MatmulPrimitive:
         self.platform, self.implementation, self.devices = platform, implementation, devices
         self.run, self.plain, self.result_dtype = run, plain, result_dtype
         self.primitive = Primitive(name)
-        static = ("method", "rule", "partitioned")
-        self.primitive.def_impl(jax.jit(self.primitive.bind, static_argnames=static))
+        evaluate_compiled(self.primitive, ("method", "rule", "partitioned"))
         self.primitive.def_abstract_eval(self._abstract)
         batching.primitive_batchers[self.primitive] = self._batched
         mlir.register_lowering(self.primitive, self._lower_elsewhere)

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from adderflax.operators import _tpu_batch, _tpu_blocks, _tpu_matrix, _xla
 from adderflax.operators._primitives import (
     batch_in_front,
+    evaluate_compiled,
     is_local,
     lower_function,
     require_other_platforms,
@@ -149,7 +150,7 @@ def _abstract(x, y, *g, method, rule, interpret):
     return x.update(shape=result_shape(method, x, y), dtype=jnp.dtype("float32"), weak_type=False)
 
 
-_adder_p.def_impl(jax.jit(_adder_p.bind, static_argnames=("method", "rule", "interpret")))
+evaluate_compiled(_adder_p, ("method", "rule", "interpret"))
 
 
 def _batched(operands, axes, *, method, rule, interpret):

@@ -29,7 +29,13 @@ from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _attention_xla
-from adderflax.operators._primitives import batch_in_front, is_local, lower_function, require_other_platforms
+from adderflax.operators._primitives import (
+    batch_in_front,
+    evaluate_compiled,
+    is_local,
+    lower_function,
+    require_other_platforms,
+)
 from adderflax.operators._tpu_common import (
     LANES,
     SUBLANES,
@@ -113,7 +119,7 @@ def _abstract(query, key, value, *rest, method, scale, rules, interpret):
     return [query.update(shape=s, dtype=jnp.dtype("float32"), weak_type=False) for s in shapes]
 
 
-_attention_p.def_impl(jax.jit(_attention_p.bind, static_argnames=("method", "scale", "rules", "interpret")))
+evaluate_compiled(_attention_p, ("method", "scale", "rules", "interpret"))
 
 
 def _batched(operands, axes, **static):

@@ -211,9 +211,8 @@ def _forward(x, kernel, *p, plan):
         def step(index, out):
             patches = blocks.patches(blocks.input_of(padded, index))
             sums = calls(p).forward(patches, weights, *p, **_static(plan))
-            image = blocks.image(
-                sums.astype(jnp.float32), x.shape[0]
-            )  # of integers too: it holds them exactly
+            # Sums of integers too: float32 holds them exactly.
+            image = blocks.image(sums.astype(jnp.float32), x.shape[0])
             return _set_rows(out, image, index * blocks.rows)
 
         rows = blocks.count * blocks.rows

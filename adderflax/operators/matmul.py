@@ -72,8 +72,11 @@ def adder_matmul(
     `jax.jvp` of the operator raises.
 
     Integers, as hardware has them, are summed exactly, by the same kernels, and have no gradient.
-    implementation="gpu" sums int8, or uint8, by kernels of its own, four terms an instruction; they have been
-    emulated and compiled, but have not run on a GPU yet, so None does not choose them.
+    Two implementations sum int8, or uint8, by kernels of their own: "cpu", and "gpu", four terms an
+    instruction, which have been emulated and compiled, but have not run on a GPU yet. None chooses neither.
+
+    implementation="cpu" is C++, which the machine's own compiler builds at the first use, in some seconds;
+    it is kept in ~/.cache/adderflax, or in the folder named in the environment variable ADDERFLAX_CACHE_DIR.
 
     Args:
         x: [..., M, K], float32, bfloat16 or float16; or int8 or uint8, where both operands are.
@@ -95,7 +98,7 @@ def adder_matmul(
         TypeError: an operand is not an array or has another dtype, or integers meet floating operands
             or a p other than 1.
         ValueError: rank below 2, mismatched K or batch dimensions, an unknown rule or
-            implementation, an implementation that does not take these operands, a number p
+            implementation, one that cannot be built here or does not take these operands, a number p
             outside of 1..2, or K beyond 65,793 for int8 or uint8, 43,804 where both meet.
     """
     x, y = _check_operand(x, "x"), _check_operand(y, "y")

@@ -1,6 +1,5 @@
 """The CPU kernels: every instruction set's text against float64, threads, and how they are compiled."""
 
-import concurrent.futures
 import functools
 import os
 import platform
@@ -38,6 +37,7 @@ SHAPES = [
     (260, 7, 49),
     (4, 1100, 65),
     (530, 5, 20),
+    (3, 9001, 20),
 ]
 
 
@@ -108,21 +108,40 @@ def test_a_sum_does_not_depend_on_where_it_is_cut(instructions):
     np.testing.assert_array_equal(whole[0][:, 40:59], columns)
 
 
+SIDE_BY_SIDE = """
+import concurrent.futures, jax, numpy as np
+from test_cpu import RULES, operands
+from adderflax.operators import _cpu
+x, y, g = operands(300, 40, 200, 4)
+run = jax.jit(lambda x, y, g: (_cpu.forward(x, y), _cpu.gradient_x(x, y, g, RULES[0])))
+expected = jax.block_until_ready(run(x, y, g))
+with concurrent.futures.ThreadPoolExecutor(8) as threads:
+    calls = [threads.submit(lambda: jax.block_until_ready(run(x, y, g))) for _ in range(200)]
+    for call in calls:
+        jax.tree.map(np.testing.assert_array_equal, call.result(), expected)
+print("all")
+"""
+
+
+def in_another_process(*arguments, **environment):
+    """Runs Python with these tests and the library to import; a program that waits for itself is ended."""
+    folder = Path(__file__).parent
+    given = {"PYTHONPATH": f"{folder}:{folder.parents[1]}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | given | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_programs_that_run_side_by_side():
     # More of them than XLA has threads, each waiting for its own parts.
-    x, y, g = operands(300, 40, 200, 4)
-    run = jax.jit(lambda x, y, g: (_cpu.forward(x, y), _cpu.gradient_x(x, y, g, RULES[0])))
-    expected = jax.block_until_ready(run(x, y, g))
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        calls = [threads.submit(lambda: jax.block_until_ready(run(x, y, g))) for _ in range(200)]
-        for call in calls:
-            jax.tree.map(np.testing.assert_array_equal, call.result(timeout=120), expected)
+    done = in_another_process("-c", SIDE_BY_SIDE)
+    assert done.stdout.strip() == "all", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in INSTRUCTIONS if name != "native")],
-)
+LESS = [pytest.param(name, marks=pytest.mark.slow) for name in INSTRUCTIONS if name != "native"]
+
+
+@pytest.mark.parametrize("name", ["native", *LESS])
 def test_nothing_outside_of_the_operands_is_touched(name, tmp_path):
     libraries = []
     for sanitizer in ("asan", "ubsan"):
@@ -130,13 +149,11 @@ def test_nothing_outside_of_the_operands_is_touched(name, tmp_path):
         libraries.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("the compiler has no address and undefined behaviour sanitizers to preload")
-    script = Path(__file__).with_name("cpu_sanitized.py")
-    told = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "XLA_FLAGS": ""}
-    told |= {"PYTHONPATH": f"{script.parent}:{script.parents[2]}", "JAX_PLATFORMS": "cpu"}
+    told = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     # In a cache of its own: what is compiled with sanitizers is of no use to anybody else.
-    environment = os.environ | told | {"ADDERFLAX_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(script), *INSTRUCTIONS[name]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    told["ADDERFLAX_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("cpu_sanitized.py")
+    done = in_another_process(script, *INSTRUCTIONS[name], **told)
     assert done.stdout.strip() == "clean", done.stderr[-5000:]
 
 
@@ -168,6 +185,15 @@ def test_all_operators_run_them():
         assert "adderflax" not in jax.jit(functools.partial(call, None)).lower().as_text()
 
 
+def test_without_jit():
+    x, y, g = operands(5, 6, 7)
+    with jax.disable_jit():
+        out = adder_matmul(x, y, implementation="cpu")
+        dx = jax.grad(lambda x: (adder_matmul(x, y, implementation="cpu") * g).sum())(x)
+    reference.assert_within(np.asarray(out), *reference.forward(x, y), "forward")
+    reference.assert_within(np.asarray(dx), *reference.gradients(x, y, g, "hardtanh", "full")[0], "gradient")
+
+
 def test_shapes_must_be_known():
     (rows,) = jax.export.symbolic_shape("rows")
     shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 6), (6, 7))]
@@ -182,10 +208,10 @@ def elsewhere(tmp_path, monkeypatch):
     """Nothing compiled yet, in a cache of its own; what is found out here is forgotten afterwards."""
     monkeypatch.setenv("ADDERFLAX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    for cached in (_cpu_library.unavailable, _cpu_library.targets):
+    for cached in (_cpu_library._failure, _cpu_library.targets):
         cached.cache_clear()
     yield tmp_path
-    for cached in (_cpu_library.unavailable, _cpu_library.targets):
+    for cached in (_cpu_library._failure, _cpu_library.targets):
         cached.cache_clear()
 
 
@@ -198,7 +224,7 @@ def compiler(folder, monkeypatch, text):
 
 
 def reason_given():
-    with pytest.raises(ValueError, match="implementation=None falls back") as raised:
+    with pytest.raises(ValueError, match="'cpu' cannot be built on this machine: ") as raised:
         adder_matmul(jnp.ones((2, 3)), jnp.ones((3, 4)), implementation="cpu")
     return str(raised.value)
 
@@ -207,9 +233,8 @@ def test_without_a_compiler(elsewhere, monkeypatch):
     monkeypatch.setenv("PATH", str(elsewhere))
     assert "need a C++ compiler, and none of c++, g++, clang++ was found; install one" in reason_given()
     assert adder_matmul(jnp.ones((2, 3)), jnp.ones((3, 4))).shape == (2, 4)
-    monkeypatch.setenv("CXX", "my-compiler")
-    _cpu_library.unavailable.cache_clear()
-    assert "none of my-compiler was found" in reason_given()
+    monkeypatch.setenv("CXX", "ccache g++")
+    assert "CXX='ccache g++' in the environment is no C++ compiler" in reason_given()
 
 
 def test_a_compiler_that_fails(elsewhere, monkeypatch):
@@ -218,10 +243,26 @@ def test_a_compiler_that_fails(elsewhere, monkeypatch):
     assert not list((elsewhere / "cache").iterdir())
 
 
-def test_a_cache_that_cannot_be_written(elsewhere, monkeypatch):
+def test_a_compiler_that_is_none(elsewhere, monkeypatch):
+    (elsewhere / "garbage").write_bytes(b"\x00\x01")
+    (elsewhere / "garbage").chmod(0o700)
+    monkeypatch.setenv("CXX", str(elsewhere / "garbage"))
+    assert "were not compiled: [Errno" in reason_given()
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"), [("file/cache", "cannot be written"), ("~nobody.at.all/cache", "there is no folder")]
+)
+def test_a_cache_that_cannot_be_written(elsewhere, monkeypatch, folder, said):
     (elsewhere / "file").touch()
-    monkeypatch.setenv("ADDERFLAX_CACHE_DIR", str(elsewhere / "file" / "cache"))
-    assert "cannot be written" in (reason := reason_given()) and "ADDERFLAX_CACHE_DIR" in reason
+    monkeypatch.setenv("ADDERFLAX_CACHE_DIR", folder if folder[0] == "~" else str(elsewhere / folder))
+    assert said in (reason := reason_given()) and "ADDERFLAX_CACHE_DIR" in reason
+
+
+def test_a_cache_by_a_relative_name(elsewhere, monkeypatch):
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("ADDERFLAX_CACHE_DIR", ".")
+    assert _cpu_library.cache_folder() == elsewhere
 
 
 def test_a_library_that_cannot_be_loaded(elsewhere, monkeypatch):

@@ -60,6 +60,17 @@ def test_empty_operands(kernels, method, rule):
         check(method, rule, getattr(kernels, method)(*used(method, x, y, g), *rule), x, y, g)
 
 
+@pytest.fixture
+def kernels_only(kernels, monkeypatch):
+    """The same, where XLA's form would be a mistake."""
+
+    def plain(*arguments):
+        raise AssertionError("XLA's form in the kernels' place")
+
+    monkeypatch.setattr(kernels._adder, "plain", plain)
+    return kernels
+
+
 SHARDINGS = {
     "rows": (("i", None), (None, None), ("i", None)),
     "columns": ((None, None), (None, "i"), (None, "i")),
@@ -81,8 +92,8 @@ def placed(mesh, sharding, arrays):
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize(("method", "rule"), METHODS)
-def test_partitioned_by_the_compiler(kernels, method, rule, sharding):
-    mesh = two_devices()
+def test_partitioned_by_the_compiler(kernels_only, method, rule, sharding):
+    kernels, mesh = kernels_only, two_devices()
     arrays = [array[0] for array in operands("forward", 1, 8, 6, 10, "float32", "normal")]
     given = used(method, *placed(mesh, sharding, arrays))
     function = lambda *arrays: getattr(kernels, method)(*arrays, *rule)  # noqa: E731
@@ -115,7 +126,8 @@ def test_without_a_mesh_the_compiler_partitions_the_xla_form(kernels, monkeypatc
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(("method", "rule"), METHODS)
-def test_under_shard_map(kernels, method, rule, check_vma):
+def test_under_shard_map(kernels_only, method, rule, check_vma):
+    kernels = kernels_only
     arrays = operands("forward", 2, 8, 6, 10, "float32", "normal")
     spec = PartitionSpec("i")
 
@@ -146,14 +158,20 @@ def test_batches_of_bytes_fold_and_vmap(kernels):
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_bytes_partitioned_by_the_compiler(kernels, sharding):
+def test_bytes_partitioned_by_the_compiler(kernels_only, sharding):
     mesh, arrays = two_devices(), bytes_of(8, 16, 10)
     given = placed(mesh, sharding, arrays)
+    run = jax.jit(lambda x, y: kernels_only.byte_distances(x, y))
     with jax.set_mesh(mesh):
-        np.testing.assert_array_equal(jax.jit(kernels.byte_distances)(*given), exact_sums(*arrays))
-    # Without a mesh the compiler partitions the plain form.
-    plain = jax.jit(lambda x, y: kernels.byte_distances(x, y))
-    np.testing.assert_array_equal(plain(*given), exact_sums(*arrays))
+        np.testing.assert_array_equal(run(*given), exact_sums(*arrays))
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_bytes_without_a_mesh(kernels, sharding):
+    arrays = bytes_of(8, 16, 10)
+    given = placed(two_devices(), sharding, arrays)
+    run = jax.jit(lambda x, y: kernels.byte_distances(x, y))
+    np.testing.assert_array_equal(run(*given), exact_sums(*arrays))
 
 
 def test_exports_hold_xla_operations_only(kernels):
