@@ -125,6 +125,24 @@ def test_the_kernels_of_the_cpu():
         assert text.format(*told(method, other)) in page
 
 
+def test_the_speed_of_int8():
+    rates = {}
+    for record in json.loads((RESULTS / "inference.json").read_text())["records"]:
+        rates.setdefault(record["batch"], {})[record["contender"]] = record["images_per_second"]
+    page = " ".join((RESULTS / "integers.md").read_text().split())
+    for batch, found in rates.items():
+        assert f"| {batch} | {' | '.join(f'{rate:.0f}' for rate in found.values())} |" in page
+    int8 = {batch: found["adder, int8, kernels"] for batch, found in rates.items()}
+    twin, own = (
+        {batch: f"{int8[batch] / found[name]:.2f}" for batch, found in rates.items()}
+        for name in ("twin, float32", "adder, float32")
+    )
+    assert (
+        f"{twin[64]} times the speed of its twin in float32 at 64 images and {twin[1]} times at one" in page
+    )
+    assert f"and {own[64]} and {own[1]} times its own in float32" in page
+
+
 def test_ranks_of_the_weights_that_come_along():
     told, features = [], []
     for model, label in (
