@@ -5,8 +5,11 @@ An adder layer is ``Y = -sum_i |X_i - W_i|`` followed by a LayerNorm: the sums a
 and runs on the float32 sums before anything is rounded to the layer's ``dtype``.
 """
 
+import contextlib
+import contextvars
+import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -89,18 +92,11 @@ class AdderDense(nn.Module):
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         rows = inputs if inputs.ndim > 1 else inputs[None]
-        sums = self.distances(rows, kernel, p)
+        rules = {"grad_x": self.grad_x, "grad_y": self.grad_kernel}
+        distances = functools.partial(adder_matmul, p=p, **rules, implementation=self.implementation)
+        sums = _computed(self, distances, rows, kernel)
         sums = _centered(self, sums if inputs.ndim > 1 else sums[0], kernel, p)
         return _normalized(self, sums, inputs.dtype)
-
-    def distances(self, inputs: Array, kernel: Array, p: Exponent = 1.0) -> Array:
-        """``-sum |x - w|^p`` of `inputs` [..., M, in], `kernel` [in, features]: float32 [..., M, features].
-
-        The layer's call centers and normalizes it. It is a method so that `nn.intercept_methods` can replace
-        it, as what computes with integers does.
-        """
-        rules = {"grad_x": self.grad_x, "grad_y": self.grad_kernel}
-        return adder_matmul(inputs, kernel, p=p, **rules, implementation=self.implementation)
 
 
 class AdderConv(nn.Module):
@@ -159,13 +155,35 @@ class AdderConv(nn.Module):
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
-        sums = self.distances(inputs, kernel, p)
+        rules = {"grad_x": self.grad_x, "grad_kernel": self.grad_kernel}
+        window = geometry(self)
+        distances = functools.partial(adder_conv, **window, p=p, **rules, implementation=self.implementation)
+        sums = _computed(self, distances, inputs, kernel)
         return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
 
-    def distances(self, inputs: Array, kernel: Array, p: Exponent = 1.0) -> Array:
-        """``-sum |patch - w|^p``, float32 [N, H', W', features]; a method for `AdderDense`'s reason."""
-        rules = {"grad_x": self.grad_x, "grad_kernel": self.grad_kernel}
-        return adder_conv(inputs, kernel, **geometry(self), p=p, **rules, implementation=self.implementation)
+
+_STAND_IN: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("stand_in", default=None)
+
+
+@contextlib.contextmanager
+def distances_computed_by(function: Callable[..., Array | None]) -> Iterator[None]:
+    """Has adder layers that are called inside of it take their sums from a function, as of integers.
+
+    Args:
+      function: (layer, inputs, kernel) -> the float32 sums that the layer centers and normalizes,
+        ``-sum |x - w|``, or None where the layer's own operator is to compute them.
+    """
+    token = _STAND_IN.set(function)
+    try:
+        yield
+    finally:
+        _STAND_IN.reset(token)
+
+
+def _computed(layer: nn.Module, distances: Callable, inputs: Array, kernel: Array) -> Array:
+    stand_in = _STAND_IN.get()
+    sums = None if stand_in is None else stand_in(layer, inputs, kernel)
+    return distances(inputs, kernel) if sums is None else sums
 
 
 def geometry(layer: AdderConv) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_operators_are_timed_and_tabulated(tmp_path, monkeypatch, capsys):
 
     written = json.loads((tmp_path / "operators" / "here.json").read_text())
     ours = [record for record in written["records"] if record["contender"] == "adderflax"]
-    assert len(ours) == 2 * 2 * 3
+    assert len([record for record in ours if record["method"] != "int8"]) == 2 * 2 * 3
     forward = ours[0]
     assert forward["lengths"] == [197, 24, 48] and forward["method"] == "forward"
     rate = 197 * 24 * 48 / forward["seconds"]
@@ -58,12 +58,14 @@ def test_operators_are_timed_and_tabulated(tmp_path, monkeypatch, capsys):
 
 @jax.numpy_dtype_promotion("standard")
 @pytest.mark.parametrize("implementation", ["cpu"])  # skipped where no compiler builds it
-def test_models_are_timed_beside_their_twins(implementation, tmp_path, capsys):
+def test_models_are_timed_beside_their_twins(implementation, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(inference, "_CALIBRATION", 2)
+    monkeypatch.setattr(inference, "alternate", functools.partial(timing.alternate, rounds=3))
     adder, twin = "weights/cifar10_adder_vit", "weights/cifar10_twin"
-    assert inference.main([adder, twin, "--batches=1,2", "--json"]) == 0
+    assert inference.main([adder, twin, "--batches=1", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)["records"]
     names = ["twin, float32", "adder, float32", "adder, float32, kernels", "adder, int8, kernels"]
-    assert [(r["batch"], r["contender"]) for r in records] == [(b, name) for b in (1, 2) for name in names]
+    assert [(record["batch"], record["contender"]) for record in records] == [(1, name) for name in names]
     assert min(record["images_per_second"] for record in records) > 0
     wrong = (
         ([adder, twin, "--batches=0"], "positive numbers such as 1,64"),

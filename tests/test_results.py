@@ -296,6 +296,54 @@ NEIGHBORS = {
 }
 
 
+CENTERED = {
+    "multiply": "`multiply`, the twin",
+    "multiply-lr6": "`multiply`, at twice the learning rate",
+    "adder": "`adder`, centered",
+    "adder-dx-sign": "towards inputs by `sign` instead of `hardtanh`",
+    "adder-dx-hardtanh4": "towards inputs by `hardtanh:4`",
+    "adder-dx-hardtanh0.25": "towards inputs by `hardtanh:0.25`",
+    "adder-dx-full": "towards inputs by `full`",
+    "adder-dw-sign": "towards templates by `sign` instead of `full`",
+    "adder-dw-hardtanh": "towards templates by `hardtanh`",
+    "adder-multiplier4": "templates at 4 times the others' learning rate",
+    "adder-multiplier20": "templates at 20 times the others' learning rate",
+    "adder-dw-hardtanh-multiplier20": "**towards templates by `hardtanh`, and 20 times**",
+    "adder-dw-hardtanh-multiplier40": "towards templates by `hardtanh`, and 40 times",
+}
+
+
+def test_accuracies_with_centered_templates():
+    page = (RESULTS / "gap.md").read_text()
+    found = {}
+    for line in (RESULTS / "gap_centered.jsonl").read_text().splitlines():
+        line = json.loads(line)
+        found.setdefault(line["name"], []).append(100 * line["figures"]["test_accuracy"])
+    found = {name: value for name, (value,) in found.items()}
+    clipped, both = "adder-dw-hardtanh", "adder-dw-hardtanh-multiplier20"
+    assert found.keys() == {f"short-{name}" for name in CENTERED} | {f"long-{n}" for n in (clipped, both)}
+    for name, label in CENTERED.items():
+        assert f"| {label} | {found[f'short-{name}']:.1f} |" in page, label
+
+    page, readme = (" ".join(text.split()) for text in (page, (RESULTS.parent / "README.md").read_text()))
+    names = (clipped, "adder-multiplier20", both)
+    gains = [f"{found[f'short-{name}'] - found['short-adder']:.1f}" for name in names]
+    assert "worth {} and {} points alone and {} together".format(*gains) in page
+    ahead = [f"{found[f'short-{both}'] - found[f'short-{n}']:.1f}" for n in ("multiply", "multiply-lr6")]
+    assert "{} points ahead of the twin, and {} ahead of it at twice its rate".format(*ahead) in page
+    base = [100 * gap_accuracy("cifar10", f"full-{n}", (0,)) for n in ("adder-neighbors-multiply-centered",
+                                                                      "multiply-neighbors")]  # fmt: skip
+    told = (
+        "{:.1f} % with the clipped gradient and {:.1f} % with both, where the adder model has {:.1f} without"
+    )
+    longest = [found[f"long-{name}"] for name in (clipped, both)]
+    assert told.format(*longest, base[0]) in page and f"its twin {base[1]:.1f} (the" in page
+    behind = f"{base[1] - longest[0]:.1f}"
+    assert f"so {behind} points behind it, without any help" in page
+    told = f"{base[1] - base[0]:.1f} behind, and {behind} where the templates' gradient is clipped too"
+    assert told in readme
+
+
 @jax.numpy_dtype_promotion("standard")
 def test_accuracies_with_neighbors():
     page, readme, cifar10 = (
@@ -477,7 +525,7 @@ def test_the_table_of_the_warm_runs_is_what_they_wrote():
 
 
 def test_the_table_of_widths_is_that_of_its_lines():
-    page = (RESULTS / "integers.md").read_text()
+    page = (RESULTS / "integers.md").read_text().partition("## Speed on a CPU")[0]
     lines = list(map(json.loads, (RESULTS / "integers.jsonl").read_text().splitlines()))
     header, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")]

@@ -31,7 +31,7 @@ from flax import traverse_util
 
 from adderflax.analysis.grids import best_exponent, on_grid, rounded
 from adderflax.encoder import AdderCrossAttention, AdderSelfAttention
-from adderflax.layers import AdderConv, AdderDense, geometry
+from adderflax.layers import AdderConv, AdderDense, distances_computed_by, geometry
 from adderflax.operators import adder_conv, adder_matmul
 from adderflax.operators._integer import EXACT
 
@@ -92,12 +92,14 @@ class IntegerModel:
           NotImplementedError: it is one for another platform than the program's.
         """
 
-        def intercept(next_function, arguments, keywords, context):
-            if implementation is not None and _adds(context, "distances"):
-                return self._distances(context.module, *arguments[:2], implementation)
-            return self._on_grids(next_function, arguments, keywords, context)
+        def distances(layer, inputs, kernel):
+            if implementation is None or not layer.path:
+                return None
+            name = _name(layer)
+            sums = _sums(layer, self._integers(name, inputs), self._integers(name, kernel), implementation)
+            return jnp.ldexp(sums.astype(jnp.float32), self.operations[name].exponent)
 
-        with nn.intercept_methods(intercept):
+        with nn.intercept_methods(self._on_grids), distances_computed_by(distances):
             return self.model.apply(self.variables, images_BxHxWxC)
 
     def vectors(self, images_BxHxWxC: jax.Array) -> dict[str, np.ndarray]:
@@ -174,12 +176,6 @@ class IntegerModel:
     def _templates(self, name: str) -> jax.Array:
         flat = traverse_util.flatten_dict(self.variables["params"], sep="/")
         return self._integers(name, flat[f"{name}/{_TEMPLATES}"])
-
-    def _distances(self, layer, inputs: jax.Array, kernel: jax.Array, implementation: str) -> jax.Array:
-        """An adder layer's float32 sums of values on its grid, computed from their integers."""
-        name = _name(layer)
-        sums = _sums(layer, self._integers(name, inputs), self._integers(name, kernel), implementation)
-        return jnp.ldexp(sums.astype(jnp.float32), self.operations[name].exponent)
 
     def _integers(self, name: str, values: jax.Array) -> jax.Array:
         return rounded(values, self.operations[name].exponent, self.bits).astype(jnp.int8)
@@ -389,10 +385,10 @@ def _sums(
     return adder_matmul(rows, templates, implementation=implementation).reshape(*inputs.shape[:-1], -1)
 
 
-def _adds(context: nn.module.InterceptorContext, method: str = "__call__") -> bool:
-    """Whether an adder layer of the model is called so; one that is tried by itself has no path."""
+def _adds(context: nn.module.InterceptorContext) -> bool:
+    """Whether this is the call of an adder layer of the model; one that is tried by itself has no path."""
     layer = context.module
-    return context.method_name == method and isinstance(layer, (AdderDense, AdderConv)) and layer.path
+    return context.method_name == "__call__" and isinstance(layer, (AdderDense, AdderConv)) and layer.path
 
 
 def _similarity_of(

@@ -332,24 +332,6 @@ def test_sums_of_int8_give_the_same_bits(implementation):
     assert "i8>" not in jax.jit(integers.apply).lower(images).as_text()
 
 
-def test_other_modules_may_have_distances_of_their_own():
-    class Far(nn.Module):
-        config: Description
-
-        @nn.compact
-        def __call__(self, images):
-            return self.distances(AdderDense(5, name="layer")(images))
-
-        def distances(self, x):
-            return 2 * x
-
-    images = jax.random.normal(jax.random.key(0), (3, 4, 4, 6))
-    model = Far(Description())
-    integers = quantize(model, model.init(jax.random.key(1), images), images)
-    by_integers = integers.apply(images, implementation="reference")
-    np.testing.assert_array_equal(by_integers, integers.apply(images))
-
-
 def test_an_unknown_implementation_is_refused():
     model, variables, images = model_of(**SMALL)
     with pytest.raises(ValueError, match="unknown name 'fast'"):
