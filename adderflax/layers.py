@@ -151,12 +151,12 @@ class AdderConv(nn.Module):
         """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
         _require_layer(self)
         require_pair("kernel_size", self.kernel_size)
-        channels = inputs.shape[-1] // geometry(self)["feature_group_count"]
+        window = geometry(self)
+        channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         rules = {"grad_x": self.grad_x, "grad_kernel": self.grad_kernel}
-        window = geometry(self)
         distances = functools.partial(adder_conv, **window, p=p, **rules, implementation=self.implementation)
         sums = _computed(self, distances, inputs, kernel)
         return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
@@ -170,8 +170,10 @@ def distances_computed_by(function: Callable[..., Array | None]) -> Iterator[Non
     """Has adder layers that are called inside of it take their sums from a function, as of integers.
 
     Args:
-      function: (layer, inputs, kernel) -> the float32 sums that the layer centers and normalizes,
-        ``-sum |x - w|``, or None where the layer's own operator is to compute them.
+      function: (layer, inputs, kernel) -> the sums ``-sum |x - w|`` that the layer centers and normalizes,
+        float32, or None where the layer's own operator is to compute them. For an `AdderDense` inputs are
+        [..., M, in], the kernel [in, features] and the sums [..., M, features]; for an `AdderConv` they are
+        [N, H, W, C], [height, width, C / feature_group_count, features] and [N, H', W', features].
     """
     token = _STAND_IN.set(function)
     try:

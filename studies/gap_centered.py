@@ -57,7 +57,7 @@ def runs() -> list[Run]:
 
 
 def comparisons() -> list[Comparison]:
-    """Every tool against the adder model without it, and every long adder model against the twin."""
+    """Every tool against the adder model without it, and every short adder model against the twin."""
     tools = [name for name in SHORT if name.startswith("adder-")]
     found = [Comparison(name, f"short-{name}", "short-adder") for name in tools]
     found.append(Comparison("multiply-lr6", "short-multiply-lr6", "short-multiply"))

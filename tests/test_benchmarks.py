@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adderflax import adder_matmul
+from adderflax import VisionTransformer, VisionTransformerConfig, adder_matmul
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigError, RunConfig
 from benchmarks import inference, operators, step, templates, timing
@@ -56,20 +57,33 @@ def test_operators_are_timed_and_tabulated(tmp_path, monkeypatch, capsys):
         assert f"| {rates['kernels'] / 1e9:,.1f} | {' | '.join(against)} |" in page
 
 
-@jax.numpy_dtype_promotion("standard")
 @pytest.mark.parametrize("implementation", ["cpu"])  # skipped where no compiler builds it
-def test_models_are_timed_beside_their_twins(implementation, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(inference, "_CALIBRATION", 2)
-    monkeypatch.setattr(inference, "alternate", functools.partial(timing.alternate, rounds=3))
-    adder, twin = "weights/cifar10_adder_vit", "weights/cifar10_twin"
-    assert inference.main([adder, twin, "--batches=1", "--json"]) == 0
+def test_models_are_timed_beside_their_twins(implementation, monkeypatch, capsys):
+    def load(path):
+        size, sizes = (
+            (16 if path.name == "larger" else 8),
+            dict(channels=1, embed_dim=16, num_heads=2, depth=1),
+        )
+        preset = "adder" if path.name == "adder" else "multiply"
+        config = VisionTransformerConfig.from_variant("digits", preset, image_size=size, **sizes)
+        model, info = VisionTransformer(config), SimpleNamespace(image_size=size, channels=1)
+        return model, model.init(jax.random.key(0), jnp.zeros((1, size, size, 1))), info
+
+    monkeypatch.setattr(inference, "load_model", load)
+    assert inference.main(["adder", "twin", "--batches=1,2", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)["records"]
     names = ["twin, float32", "adder, float32", "adder, float32, kernels", "adder, int8, kernels"]
-    assert [(record["batch"], record["contender"]) for record in records] == [(1, name) for name in names]
+    found = [(record["batch"], record["contender"]) for record in records]
+    assert found == [(batch, name) for batch in (1, 2) for name in names]
     assert min(record["images_per_second"] for record in records) > 0
+    # Each is the program that it says.
+    functions, info = inference.contenders(Path("adder"), Path("twin"))
+    texts = [functions[name].lower(inference.random_images(info, 2)).as_text() for name in names]
+    assert ["adderflax_forward" in text for text in texts] == [False, False, True, False]
+    assert ["adderflax_bytes" in text for text in texts] == [False, False, False, True]
     wrong = (
-        ([adder, twin, "--batches=0"], "positive numbers such as 1,64"),
-        ([adder, str(tmp_path)], "error: "),
+        (["adder", "twin", "--batches=0"], "positive numbers such as 1,64"),
+        (["adder", "larger"], "error: adder and larger take images of different sizes"),
     )
     for given, said in wrong:
         with pytest.raises(SystemExit) as raised:

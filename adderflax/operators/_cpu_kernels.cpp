@@ -479,22 +479,24 @@ ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 y, ffi::Result<F32> out) {
 }
 
 // The rule is slope * clip(d, -limit, limit), or sign(d) where the limit is 0.
+template <Term hardtanh, Term sign>
+ffi::Error gradient(ffi::ThreadPool& pool, Floats f, float limit, float slope) {
+  f.limit = limit;
+  f.factor = slope;
+  limit > 0 ? run<hardtanh>(pool, f) : run<sign>(pool, f);
+  return ffi::Error::Success();
+}
+
 ffi::Error gradient_x(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit, float slope) {
   Floats f = {g.typed_data(), y.typed_data(), x.typed_data(), out->typed_data(), lengths(*out, axis(g, 1))};
   f.b_transposed = true;
-  f.limit = limit;
-  f.factor = slope;
-  limit > 0 ? run<Term::kHardtanhA>(pool, f) : run<Term::kSignA>(pool, f);
-  return ffi::Error::Success();
+  return gradient<Term::kHardtanhA, Term::kSignA>(pool, f, limit, slope);
 }
 
 ffi::Error gradient_y(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit, float slope) {
   Floats f = {x.typed_data(), g.typed_data(), y.typed_data(), out->typed_data(), lengths(*out, axis(g, 2))};
   f.a_transposed = true;
-  f.limit = limit;
-  f.factor = slope;
-  limit > 0 ? run<Term::kHardtanhB>(pool, f) : run<Term::kSignB>(pool, f);
-  return ffi::Error::Success();
+  return gradient<Term::kHardtanhB, Term::kSignB>(pool, f, limit, slope);
 }
 
 ffi::Error bytes(ffi::ThreadPool pool, U8 x, U8 y, ffi::Result<S32> out) {

@@ -30,6 +30,8 @@ _logger = logging.getLogger("adderflax.operators")
 
 def unavailable() -> str | None:
     """Why there are no kernels here, or None; compiles them where that was never done."""
+    if targets.cache_info().currsize:
+        return None
     try:
         # Looked for each time, since one may be installed; what it failed to compile is not tried again.
         return _failure(_compiler(), cache_folder())

@@ -195,7 +195,7 @@ def dispatch(method: str, operands, static, implementation: str | None, log: boo
     special = {
         platform: runner(name)
         for platform, name in _PREFERRED.items()
-        if by_kernels and IMPLEMENTATIONS[name].refuses(*operands[:2]) is None
+        if by_kernels and not (unavailable(name) or IMPLEMENTATIONS[name].refuses(*operands[:2]))
     }
     if not special:
         return runner(_FALLBACK)(*operands)
@@ -217,7 +217,7 @@ def dispatch_attention(method: str, operands, plan, composed: Callable):
 
     def runner(name):
         fused = IMPLEMENTATIONS[name].attention
-        if fused is None or fused.refuses(*arrays, *rules) is not None:
+        if fused is None or unavailable(name) or fused.refuses(*arrays, *rules):
             return None
         message = f"adder_attention {method} of {arrays[0].shape} runs {name!r}, fused"
 

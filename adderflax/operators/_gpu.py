@@ -41,16 +41,16 @@ _LARGEST = 2**30  # lengths of axes: 32-bit indices may overshoot by a tile
 
 
 def refuses(x: jax.Array, y: jax.Array) -> str | None:
-    """Why the kernels cannot take the operands here, or None. Looks for NVRTC, once."""
+    """Why the kernels cannot take the operands, or None."""
     if not all(isinstance(size, int) for size in (*x.shape, *y.shape)):
         return "the shapes must be known when the program is traced"
     if max((*x.shape, *y.shape)) > _LARGEST:
         return f"no axis may be longer than {_LARGEST}"
-    return unavailable()
+    return None
 
 
 def unavailable() -> str | None:
-    """Why no kernel can be compiled on this machine, or None."""
+    """Why no kernel can be compiled on this machine, or None. Looks for NVRTC, once."""
     return kernels.unavailable()
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import operator_reference as reference
 import pytest
-from gpu_operands import exact_sums
+from kernel_operands import exact_sums
 
 from adderflax.operators import _cpu, _cpu_library, _xla, adder_attention, adder_conv, adder_matmul
 from adderflax.operators.rules import Rule

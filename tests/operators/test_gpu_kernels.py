@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import operator_reference as reference
 import pytest
-from gpu_operands import exact_sums, expectation, operands
+from kernel_operands import exact_sums, expectation, operands
 
 from adderflax.operators import _gpu
 from adderflax.operators import _gpu_kernels as kernels

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import operator_reference as reference
 import pytest
-from gpu_operands import cuda_lowered_for_cpu, exact_sums, expectation, operands
 from jax.sharding import NamedSharding, PartitionSpec
+from kernel_operands import cuda_lowered_for_cpu, exact_sums, expectation, operands
 
 from adderflax.operators import _cpu, _gpu
 from adderflax.operators.rules import Rule
