@@ -5,10 +5,13 @@ changes what they meet: an offset of every output is gone, and with it most of t
 1.7 points were left without a teacher, and a higher training loss (rows `full-...` there, one seed). So the
 tools that concern optimization are tried again, each alone on top of `model.centered`, with the same small
 model (64 features, 4 blocks, 16 tokens of 8x8 pixels, neighbors in the MLP) and the same learning rate, over
-3 epochs of all images (`short-...`, one seed). What helps runs over 10 epochs (`long-...`), as the twin and
-the adder model without it did there. Everything runs by the CPU's kernels (`model.implementation="cpu"`).
+3 epochs of all images (`short-...`, one seed). What helps runs over 10 epochs (`long-...`), three seeds of it
+beside the twin and the adder model without it. The rows with `taught` add the teaching of
+`configs/cifar10_adder_vit.py:taught`, the teacher being the first seed of `long-multiply`; its epochs come on
+top of the pupil's. Everything runs by the CPU's kernels (`model.implementation="cpu"`).
+Run it with `--keep_checkpoints`: later rows read those of `long-multiply-seed0`.
 
-What this can show: what helps a small model in a short training, from random weights and without a teacher.
+What this can show: what helps a small model in a short training, from random weights.
 One seed of a short run is good for about half a point.
 """
 
@@ -36,9 +39,16 @@ SHORT: dict[str, dict[str, Any]] = {
     "multiply-lr6": LR6 | NEIGHBORS,
     "adder-dw-hardtanh-multiplier40": ADDER | CLIPPED | {"optimizer.adder_multiplier": 40.0},
 }
-# The adder model without them and the twin are the rows `full-...` of gap_cifar10.
-LONG: dict[str, dict[str, Any]] = {
-    name: SHORT[name] for name in ("adder-dw-hardtanh", "adder-dw-hardtanh-multiplier20")
+TAUGHT = {
+    "distillation.teacher": "runs/studies/gap_centered/long-multiply-seed0",
+    "distillation.features": 1.0,
+    "distillation.soft_labels": 0.5,
+}
+LONG: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("multiply", "adder-dw-hardtanh", "adder")}
+LONG_ONCE: dict[str, dict[str, Any]] = {
+    "adder-dw-hardtanh-multiplier20": SHORT["adder-dw-hardtanh-multiplier20"],
+    "adder-dw-hardtanh-taught": ADDER | CLIPPED | TAUGHT,
+    "adder-taught": ADDER | TAUGHT,
 }
 
 
@@ -49,20 +59,25 @@ def runs() -> list[Run]:
             name=f"{kind}-{name}",
             config=f"configs/cifar10_adder_vit.py:{name.partition('-')[0]}",
             overrides=ALL | changes | {"epochs": epochs},
-            seeds=(0,),
+            seeds=seeds,
         )
-        for kind, rows, epochs in (("short", SHORT, 3.0), ("long", LONG, 10.0))
+        for kind, rows, epochs, seeds in (
+            ("short", SHORT, 3.0, (0,)),
+            ("long", LONG, 10.0, (0, 1, 2)),
+            ("long", LONG_ONCE, 10.0, (0,)),
+        )
         for name, changes in rows.items()
     ]
 
 
 def comparisons() -> list[Comparison]:
-    """Every tool against the adder model without it, and every short adder model against the twin."""
+    """Every tool against the adder model without it, and every adder model against the twin."""
     tools = [name for name in SHORT if name.startswith("adder-")]
     found = [Comparison(name, f"short-{name}", "short-adder") for name in tools]
     found.append(Comparison("multiply-lr6", "short-multiply-lr6", "short-multiply"))
     return found + [
-        Comparison(f"{name} against the twin", f"short-{name}", "short-multiply")
-        for name in SHORT
+        Comparison(f"{kind}-{name} against the twin", f"{kind}-{name}", f"{kind}-multiply")
+        for kind, rows in (("short", SHORT), ("long", LONG), ("long", LONG_ONCE))
+        for name in rows
         if name.startswith("adder")
     ]
