@@ -220,7 +220,7 @@ def measure(
     sown = traverse_util.flatten_dict(jax.eval_shape(capture, variables, images[0]))
     if not any(path[-1] == "attention_weights" for path in sown):
         return None
-    identity = bool(model.config.identity)
+    identity = bool(getattr(model.config, "identity", False))
     pools_token = getattr(model.config, "pooling", "token") == "token"
     rows = []
     # One image at a time: the maps of many images of a large model would not fit into memory.

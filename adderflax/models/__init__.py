@@ -2,6 +2,7 @@
 
 from adderflax.models.addernet_weights import load_addernet_weights
 from adderflax.models.conversion import warm_start
+from adderflax.models.families import register_model
 from adderflax.models.resnet import AdderResNet, AdderResNetConfig
 from adderflax.models.vit import VisionTransformer, VisionTransformerConfig
 from adderflax.models.vit_weights import load_vit_weights
@@ -13,5 +14,6 @@ __all__ = [
     "VisionTransformerConfig",
     "load_addernet_weights",
     "load_vit_weights",
+    "register_model",
     "warm_start",
 ]

@@ -6,6 +6,7 @@ ConfigDict, command line included, into typed and checked parts.
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import types
 import typing
@@ -21,13 +22,10 @@ except ModuleNotFoundError as error:
     raise extras.missing(error) from None
 
 from adderflax.data import AugmentConfig, DataConfig, DatasetInfo
-from adderflax.models.families import MODULES, ModelConfig, config_class
+from adderflax.models.families import DERIVED_FIELDS, MODULES, ModelConfig, config_class, is_registered
 from adderflax.training.distillation import DistillationConfig
 from adderflax.training.optimizer import OptimizerConfig, has_templates, idle_fields
 from adderflax.training.sharding import MeshConfig
-
-# These follow from the data set.
-_DERIVED_MODEL_FIELDS = ("image_size", "channels", "num_classes")
 
 
 class ConfigError(ValueError):
@@ -87,18 +85,30 @@ def default_config(arithmetic: str = "adder") -> ConfigDict:
       A ConfigDict with the sections `data` (`adderflax.data.DataConfig`), `augment`
       (`adderflax.data.AugmentConfig`), `optimizer` (`adderflax.training.optimizer.OptimizerConfig`), `mesh`
       (`adderflax.training.sharding.MeshConfig`), `warm_start` (`WarmStartConfig`), `distillation`
-      (`adderflax.training.distillation.DistillationConfig`), `model` (`variant`, `arithmetic`, and every
-      field of `adderflax.VisionTransformerConfig` and `adderflax.AdderResNetConfig` that does not follow from
-      the data; unset means: as the variant and the preset say) and the fields of `RunConfig`.
+      (`adderflax.training.distillation.DistillationConfig`), `model` (`variant`, `arithmetic`, `module`, and
+      every field of `adderflax.VisionTransformerConfig`, of `adderflax.AdderResNetConfig` and of registered
+      models that does not follow from the data; unset means: as the variant and the preset say) and the
+      fields of `RunConfig`.
+
+    Raises:
+      ConfigError: registered models have fields of one name and different types.
     """
     config = ConfigDict(_section(RunConfig, skip=(*_SECTIONS, "model")))
     for name, section in _SECTIONS.items():
         config[name] = ConfigDict(_section(section))
     config.model = ConfigDict({"variant": "digits", "arithmetic": arithmetic})
+    found = {"module": (str, None)}
     for model in MODULES:
         for name, type_ in _field_types(model).items():
-            if name not in _DERIVED_MODEL_FIELDS:
-                config.model[name] = config_dict.placeholder(type_)
+            if name in DERIVED_FIELDS:
+                continue
+            if (first := found.setdefault(name, (type_, model)))[0] is not type_:
+                raise ConfigError(
+                    f"{model.__name__}.{name} is of type {type_.__name__}, and {first[1].__name__}.{name} of"
+                    f" type {first[0].__name__}: a configuration has one field model.{name}. Rename yours."
+                )
+    for name, (type_, _) in found.items():
+        config.model[name] = config_dict.placeholder(type_)
     return config
 
 
@@ -197,8 +207,9 @@ class RunConfig:
             for name, section in _SECTIONS.items():
                 values[name] = section(**_known(section, values.get(name, {}), f"{name}."))
             values["model"] = _model_fields(values.get("model", {}))
-            # Checks every field before any data is read; the patches of every variant divide 16 pixels.
-            trial_size = {"image_size": values["model"].get("patch_size") or 16}
+            # Checks every field before any data is read; a variant's own patches divide its own images.
+            patch_size = values["model"].get("patch_size")
+            trial_size = {"image_size": patch_size} if patch_size else {}
             config_class(values["model"]["variant"]).from_variant(**(values["model"] | trial_size))
             return cls(**_known(cls, values, ""))
         except ConfigError:
@@ -261,7 +272,7 @@ def _field_types(cls: type) -> dict[str, type]:
     """The type in which each field is written in a ConfigDict: the first one of a union."""
     types_ = {}
     for name, hint in typing.get_type_hints(cls).items():
-        if isinstance(hint, types.UnionType):
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
             hint = next(part for part in typing.get_args(hint) if part is not type(None))
         types_[name] = typing.get_origin(hint) or hint
     return types_
@@ -272,10 +283,24 @@ def _model_fields(section: dict[str, Any]) -> dict[str, Any]:
     for name in ("variant", "arithmetic"):
         if name not in section:
             raise ConfigError(f"model.{name} is not set; see `adderflax.VisionTransformerConfig`.")
-    if derived := [f"model.{name}" for name in _DERIVED_MODEL_FIELDS if name in section]:
+    if derived := [f"model.{name}" for name in DERIVED_FIELDS if name in section]:
         raise ConfigError(
             f"{', '.join(derived)} cannot be set: the data set says it. Leave it out; data.image_size is the"
             " side that images are brought to."
+        )
+    if (module := section.pop("module", None)) is not None:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"model.module={module!r} cannot be imported: {error}. It is the Python module that registers"
+                " the run's model (adderflax.models.register_model); put its directory on PYTHONPATH."
+            ) from error
+    elif is_registered(section["variant"]):
+        raise ConfigError(
+            f"model.variant={section['variant']!r} is a model of your own: set"
+            f" model.module={config_class(section['variant']).__module__!r}, the Python module that registers"
+            " it, so that what reads the run later can import it."
         )
     return section
 

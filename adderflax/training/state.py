@@ -156,7 +156,8 @@ def training_loss(
       apply: in place of `model.apply`.
     """
     collections = ["batch_stats", *(teacher.collections if teacher else [])]
-    options = {"train": True, "rngs": {"drop_path": key}, "mutable": collections}
+    rngs = {"drop_path": key, "dropout": jax.random.fold_in(key, 1)}
+    options = {"train": True, "rngs": rngs, "mutable": collections}
     logits, collected = (apply or model.apply)(variables, images, **options, **exponent)
     if teacher is None:
         loss, parts = jnp.mean(optax.softmax_cross_entropy(logits, targets)), {}
