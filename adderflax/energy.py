@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{model.image_size}x{model.image_size}x{model.channels}, {model.num_classes} classes"
         )
         if arguments.plot:
+            if Path(arguments.plot).is_dir():
+                raise ValueError(
+                    f"{arguments.plot} is a directory. Name the picture's file, such as"
+                    f" {Path(arguments.plot) / 'energy.png'}."
+                )
             if not (folder := Path(arguments.plot).resolve().parent).is_dir():
                 raise ValueError(
                     f"{arguments.plot} cannot be drawn: there is no directory {folder}. Make it."

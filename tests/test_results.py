@@ -11,6 +11,7 @@ import pytest
 from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
 from adderflax.analysis.energy_report import compare, split_into_parts
 from adderflax.analysis.energy_tables import TABLES, energy
+from adderflax.analysis.primitives import ADDER, PRODUCT
 from adderflax.analysis.study import load_study
 from adderflax.predict import predict
 from adderflax.training.command_line import load_config
@@ -170,6 +171,18 @@ def test_ratios_by_number_format():
     for cell, table in zip(told.groups(), ("int8", "fp16", "int8_int32")):
         ratio = energy(twins, "paper", table).total / energy(ours, "paper", table).total
         assert f"{ratio:.2f}" == cell, table
+    told = re.search(
+        r"With it DeiT-Ti has (\S+) in place of (\S+), at 7 nm (\S+) in place of (\S+), in int8 alone (\S+) in"
+        r" place of ([\d.]+),",
+        " ".join(CLAIMS.split()),
+    ).groups()
+    tables = ("int8_int32", "int8_int32_7nm", "int8")
+    for with_absolute, without, table in zip(told[::2], told[1::2], tables, strict=True):
+        report = compare(ours, twins, TABLES[table], "sram_1mb")
+        adds, products = (total.total for total in report.total("paper"))
+        counted = report.total("full")[0].operations
+        inside = counted[ADDER] + counted[PRODUCT]
+        assert (f"{products / inside:.2f}", f"{products / adds:.2f}") == (with_absolute, without), table
 
 
 @jax.numpy_dtype_promotion("standard")

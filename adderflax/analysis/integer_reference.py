@@ -6,8 +6,8 @@
 code what README.md there says in words, and imports nothing of adderflax. The command computes the sums of
 every operation from the integers recorded in vectors.npz and compares all of them; then, for a Vision
 Transformer, the logits: once with each operation's recorded integers in place of the computed ones, which
-are equal up to float32 rounding, and once without, where a value that lies between two integers may fall to
-either side.
+are held against them, and once without. Values between the operations are equal up to float32 rounding, so
+that a computed integer may lie beside the recorded one, where its value lies between the two.
 """
 
 import json
@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 
 _ROWS_AT_ONCE = 64  # of a product: bounds the memory of its differences
+# float32 rounding moves logits by some 1e-6 of them, and a few in a million of the integers, each by one.
+_LOGIT_TOLERANCE = 1e-3
+_MOST_MOVED = 1e-2
 
 
 class Export:
@@ -84,7 +87,18 @@ class Export:
         Args:
           recorded: whether each operation takes the integers that were recorded for it.
         """
-        return _Transformer(self, recorded).logits(self.normalized(self.vectors["images"]))
+        return self._traced(recorded)[0]
+
+    def computed(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The logits with the recorded integers, and how far every computed operand lies from its record.
+
+        The distances, int64, have the operands' shapes and are named as in vectors.npz.
+        """
+        return self._traced(recorded=True)
+
+    def _traced(self, recorded: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        model = _Transformer(self, recorded)
+        return model.logits(self.normalized(self.vectors["images"])), model.distances
 
     def normalized(self, images: np.ndarray) -> np.ndarray:
         """What the model takes, float32 [B, H, W, C], from uint8 pixels."""
@@ -135,6 +149,7 @@ class _Transformer:
 
     def __init__(self, export: Export, recorded: bool):
         self._export, self._recorded = export, recorded
+        self.distances: dict[str, np.ndarray] = {}
         self._model: Mapping[str, Any] = export.described["model"]
 
     def logits(self, x: np.ndarray) -> np.ndarray:
@@ -213,10 +228,11 @@ class _Transformer:
     def _sums(self, name: str, **operands: np.ndarray) -> np.ndarray:
         """The unit times the integer sums and their constant, float32."""
         export = self._export
-        integers = [
-            export.vectors[f"{name}/{part}"] if self._recorded else export.quantized(values, name)
-            for part, values in operands.items()
-        ]
+        integers = [export.quantized(values, name) for values in operands.values()]
+        if self._recorded:
+            for part, computed in zip(operands, integers, strict=True):
+                self.distances[f"{name}/{part}"] = np.abs(computed - export.vectors[f"{name}/{part}"])
+            integers = [export.vectors[f"{name}/{part}"] for part in operands]
         sums = export.sums(name, *integers) + export.arrays.get(f"constants/{name}", 0)
         return np.float32(sums) * np.float32(2.0 ** export.operations[name]["exponent"])
 
@@ -244,20 +260,36 @@ class _Transformer:
 
 
 def main(directory: str | Path) -> int:
-    """Prints what agrees; 1 where an integer sum does not."""
+    """Prints what agrees; 1 where a sum does not, nor an operand or a logit up to float32 rounding."""
     export = Export(directory)
     wrong, count = export.wrong_operations(), len(export.operations)
     print(f"{count - len(wrong)} of {count} operations have the recorded sums" + ", not ".join(["", *wrong]))
-    if "patch_size" in export.described["model"]:
-        expected = export.vectors["logits"]
-        for recorded, told in ((True, "with the recorded integers"), (False, "from the pixels")):
-            found = export.logits(recorded=recorded)
-            same = int(np.sum(found.argmax(axis=1) == expected.argmax(axis=1)))
-            print(
-                f"logits {told}: at most {np.abs(found - expected).max():.2g} apart,"
-                f" {same} of {len(found)} images in the same class"
-            )
-    return 1 if wrong else 0
+    if "patch_size" not in export.described["model"]:
+        return 1 if wrong else 0
+    expected = export.vectors["logits"]
+    found, distances = export.computed()
+    moved = sum(int(np.count_nonzero(distance)) for distance in distances.values())
+    far = [name for name, distance in distances.items() if not _is_rounding(distance)]
+    print(
+        f"{len(distances) - len(far)} of {len(distances)} operands are computed as recorded, {moved} of"
+        f" {sum(distance.size for distance in distances.values())} integers one beside it or more"
+        + ", not ".join(["", *far])
+    )
+    differ = not np.allclose(found, expected, rtol=0.0, atol=_LOGIT_TOLERANCE * np.abs(expected).max())
+    for logits, told in (
+        (found, "with the recorded integers"),
+        (export.logits(recorded=False), "from the pixels"),
+    ):
+        same = int(np.sum(logits.argmax(axis=1) == expected.argmax(axis=1)))
+        print(
+            f"logits {told}: at most {np.abs(logits - expected).max():.2g} apart,"
+            f" {same} of {len(logits)} images in the same class"
+        )
+    return 1 if wrong or far or differ else 0
+
+
+def _is_rounding(distance: np.ndarray) -> bool:
+    return distance.max(initial=0) <= 1 and np.count_nonzero(distance) <= max(1, _MOST_MOVED * distance.size)
 
 
 if __name__ == "__main__":

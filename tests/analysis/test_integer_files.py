@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -127,13 +128,24 @@ def test_files(workdir, tmp_path, capsys):
     reference = [sys.executable, "-I", directory / "reference.py"]
     told = subprocess.run(reference, capture_output=True, text=True, cwd="/")
     assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith("7 of 7 operations have the recorded sums\nlogits with the recorded")
+    assert told.stdout.startswith("7 of 7 operations have the recorded sums\n8 of 8 operands are computed as")
     wrong = vectors | {"block_0/mlp/fc1/sums": vectors["block_0/mlp/fc1/sums"] + 1}
     shutil.copytree(directory, tmp_path / "wrong")
     np.savez(tmp_path / "wrong" / "vectors.npz", **wrong)
     told = subprocess.run([*reference, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
     assert told.returncode == 1
     assert told.stdout.startswith("6 of 7 operations have the recorded sums, not block_0/mlp/fc1\n")
+    np.savez(tmp_path / "wrong" / "vectors.npz", **vectors)
+    for name, factor, lines in (
+        ("params/block_0/mlp/fc1/norm/scale", 9.0, "7 of 8 operands .*, not block_0/mlp/fc2/inputs\nlogits"),
+        ("params/block_0/mlp/fc1/norm/scale", 1.05, "7 of 8 operands .*, not block_0/mlp/fc2/inputs\nlogits"),
+        ("params/head/kernel", 1.01, "8 of 8 operands .*\nlogits with the recorded integers: at most "),
+        ("params/head/kernel", np.nan, "8 of 8 operands .*\nlogits with the recorded integers: at most nan"),
+    ):
+        np.savez(tmp_path / "wrong" / "integers.npz", **arrays | {name: arrays[name] * np.float32(factor)})
+        told = subprocess.run([*reference, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
+        assert told.returncode == 1
+        assert re.match("7 of 7 operations have the recorded sums\n" + lines, told.stdout), told.stdout
     sums = dense_sums(vectors["block_0/mlp/fc2/inputs"], arrays["params/block_0/mlp/fc2/adder_kernel"])
     np.testing.assert_array_equal(vectors["block_0/mlp/fc2/sums"], sums)
     # What is read again has the same bits, and the command for predictions takes it.
