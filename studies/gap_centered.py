@@ -6,10 +6,11 @@ changes what they meet: an offset of every output is gone, and with it most of t
 tools that concern optimization are tried again, each alone on top of `model.centered`, with the same small
 model (64 features, 4 blocks, 16 tokens of 8x8 pixels, neighbors in the MLP) and the same learning rate, over
 3 epochs of all images (`short-...`, one seed). What helps runs over 10 epochs (`long-...`), three seeds of it
-beside the twin and the adder model without it. The rows with `taught` add the teaching of
+beside the twin and the adder model without it. `taught` adds the teaching of
 `configs/cifar10_adder_vit.py:taught`, the teacher being the first seed of `long-multiply`; its epochs come on
-top of the pupil's. Everything runs by the CPU's kernels (`model.implementation="cpu"`).
-Run it with `--keep_checkpoints`: later rows read those of `long-multiply-seed0`.
+top of the pupil's, and the rows to hold it against are `full-...-taught` of gap_cifar10. Everything runs by
+the CPU's kernels (`model.implementation="cpu"`).
+Run it with `--keep_checkpoints`: a later row reads those of `long-multiply-seed0`.
 
 What this can show: what helps a small model in a short training, from random weights.
 One seed of a short run is good for about half a point.
@@ -48,7 +49,6 @@ LONG: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("multiply", "a
 LONG_ONCE: dict[str, dict[str, Any]] = {
     "adder-dw-hardtanh-multiplier20": SHORT["adder-dw-hardtanh-multiplier20"],
     "adder-dw-hardtanh-taught": ADDER | CLIPPED | TAUGHT,
-    "adder-taught": ADDER | TAUGHT,
 }
 
 
