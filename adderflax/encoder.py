@@ -69,7 +69,8 @@ class EncoderConfig:
       layer_norm_epsilon: added to the variance in every LayerNorm.
       dtype: computation dtype, "float32" or "bfloat16", also as jnp.bfloat16; sums, softmax and LayerNorm
         stay in float32.
-      remat: recompute each block's activations in the backward pass instead of storing them.
+      remat: recompute each block's activations in the backward pass instead of storing them; what stacks the
+        blocks does it, as `VisionTransformer`, and a single `EncoderBlock` takes `nn.remat`.
       implementation: operator implementation (see `adderflax.adder_matmul`); None picks by platform.
 
     Raises:

@@ -50,8 +50,9 @@ class AdderDense(nn.Module):
 
     Attributes:
       features: number of output features.
-      normalization: "layer" normalizes the sums over the features, with scale and bias; "none" returns the
-        raw sums, always in float32, because they are too large for a half-precision type to resolve.
+      normalization: "layer" normalizes the sums over the features, 3 or more, with scale and bias; "none"
+        returns the raw sums, always in float32, because they are too large for a half-precision type to
+        resolve.
       dtype: computation and output dtype; None takes the common dtype of input and templates.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the templates.
@@ -114,8 +115,8 @@ class AdderConv(nn.Module):
       dilation: distances between the positions of a template, likewise; `flax.linen.Conv` calls them
         kernel_dilation.
       feature_group_count: groups of channels; C makes it depthwise.
-      normalization: "layer" normalizes the sums over the features, with scale and bias; "none" returns the
-        raw sums, always in float32, as a BatchNorm wants them.
+      normalization: "layer" normalizes the sums over the features, 3 or more, with scale and bias; "none"
+        returns the raw sums, always in float32, as a BatchNorm wants them.
       dtype: computation and output dtype; None takes the common dtype of input and templates.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the templates.
@@ -229,6 +230,12 @@ def _require_layer(layer: AdderDense | AdderConv) -> None:
     require_normalization(layer.normalization, layer.power_activation)
     if not is_count(layer.features):
         raise ValueError(f"features={layer.features!r} must be a whole number, 1 or more, of outputs.")
+    if layer.normalization == "layer" and layer.features < 3:
+        raise ValueError(
+            f"features={layer.features} are too few for normalization='layer': of one output a LayerNorm"
+            " leaves nothing, of two which is the larger, and no gradient passes it. Choose 3 or more, or"
+            " normalization='none'."
+        )
 
 
 def _centered(layer: AdderDense | AdderConv, sums: Array, kernel: Array, p: Exponent) -> Array:

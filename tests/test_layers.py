@@ -158,6 +158,24 @@ def test_features_are_at_least_one(layer, features):
         layer(features).init(jax.random.key(0), tokens((2, 3, 3, 8)))
 
 
+@pytest.mark.parametrize(
+    "layer", [AdderDense, lambda n, **k: AdderConv(n, (1, 1), **k)], ids=["dense", "conv"]
+)
+def test_what_a_layer_norm_leaves_nothing_of_is_refused(layer):
+    x = tokens((2, 3, 3, 8))
+    for features in (1, 2):
+        with pytest.raises(ValueError, match=f"features={features} are too few for normalization='layer'"):
+            layer(features).init(jax.random.key(0), x)
+        assert (
+            layer(features, normalization="none").init_with_output(jax.random.key(0), x)[0].shape[3]
+            == features
+        )
+    model = layer(3)
+    variables = model.init(jax.random.key(0), x)
+    gradients = jax.grad(lambda variables: jnp.sum(jnp.sin(model.apply(variables, x))))(variables)
+    assert np.abs(gradients["params"]["adder_kernel"]).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["kernel_size", "strides", "dilation"])
 @pytest.mark.parametrize("value", [0, (3,), (3, 0), (3.0, 3), (True, 3), "33"], ids=repr)
 def test_the_window_of_a_convolution_is_given_in_pairs(name, value):

@@ -26,7 +26,11 @@ def test_wheel_is_installed_and_imported_from_another_directory(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
     assert [name for name in names if name.endswith("LICENSE")]
-    assert {"adderflax/operators/_gpu_kernels.cu", "adderflax/analysis/integer_format.md"} < set(names)
+    assert {
+        "adderflax/py.typed",
+        "adderflax/operators/_gpu_kernels.cu",
+        "adderflax/analysis/integer_format.md",
+    } < set(names)
 
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)

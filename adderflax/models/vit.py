@@ -124,6 +124,11 @@ class VisionTransformerConfig(EncoderConfig):
                 f"mlp_kernel_size={self.mlp_kernel_size} convolves an image of tokens, among which the class"
                 " token has no place: set pooling='mean', or mlp_kernel_size=None."
             )
+        if self.head == "adder" and self.num_classes < 3:
+            raise ValueError(
+                f"num_classes={self.num_classes} with head='adder', whose LayerNorm leaves of two logits"
+                " which is the larger, and of one nothing: choose 3 or more, or head='multiply'."
+            )
         halvings = self.patch_size.bit_length() - 1
         if self.stem == "conv" and (halvings < 1 or 2**halvings != self.patch_size):
             raise ValueError(

@@ -159,7 +159,8 @@ EVERYTHING_ADDS = {"patch_embedding": "adder", "head": "adder", "aggregation": "
         {"dtype": "bfloat16"},
         {"centered": True, "stem": "conv", "pooling": "mean", "mlp_kernel_size": 3, "dtype": "bfloat16"},
         {"stem": "conv", "pooling": "mean"},
-        {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3} | EVERYTHING_ADDS,
+        # Of fewer features the stem's first LayerNorm would leave nothing.
+        {"stem": "conv", "pooling": "mean", "mlp_kernel_size": 3, "embed_dim": 16} | EVERYTHING_ADDS,
     ],
     ids=["adder", "all-adder", "multiply", "vit", "remat", "bfloat16", "centered", "stem", "adder-stem"],
 )
@@ -349,11 +350,12 @@ def test_pooling_by_the_mean_has_no_class_token():
         ({"stem": "cnn"}, "stem='cnn' is not known; choose one of 'patch', 'conv'"),
         ({"pooling": "max"}, "pooling='max' is not known; choose one of 'token', 'mean'"),
         ({"mlp_kernel_size": 3}, "mlp_kernel_size=3 .*set pooling='mean'"),
+        ({"head": "adder", "num_classes": 2}, "num_classes=2 with head='adder'.*or head='multiply'"),
         ({"stem": "conv", "image_size": 9, "patch_size": 3}, "patch_size=3 with stem='conv'.*choose 2, 4, 8"),
         ({"stem": "conv", "embed_dim": 10, "num_heads": 1}, "embed_dim=10 .*choose a multiple of 4"),
     ],
 )
-def test_stem_and_pooling_mistakes(fields, message):
+def test_stem_pooling_and_head_mistakes(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **fields)
 
