@@ -1,5 +1,6 @@
 """The results pages agree with the files and programs that their figures are from."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -215,6 +216,10 @@ def test_ratios_of_other_machines():
     assert f"(`--memory dram`: {dram})" in page and f"comes from DRAM ({dram})" in page
     ours, small = (found[name, "full", "int8_int32"] for name in ("image", "cifar"))
     assert f"{ours} in `full` with `--table int8_int32`, and {small} for CIFAR-10's model" in page
+    plain = dataclasses.replace(model, centered=False)
+    plain, twin = (inference_ledger(each) for each in (plain, multiplying_twin(plain)))
+    ours, twin = (each.total for each in compare(plain, twin, TABLES["int8_int32"], "sram_1mb").total("full"))
+    assert f"has {twin / ours:.2f} (`--config.model.centered=False`)" in page
 
 
 @jax.numpy_dtype_promotion("standard")

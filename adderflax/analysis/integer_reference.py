@@ -82,21 +82,20 @@ class Export:
         return inside and np.array_equal(found, self.vectors[f"{name}/sums"])
 
     def logits(self, *, recorded: bool) -> np.ndarray:
-        """float32 logits of the recorded images, of a Vision Transformer.
+        """Logits of the recorded images, float32 [B, num_classes], of a Vision Transformer.
 
         Args:
           recorded: whether each operation takes the integers that were recorded for it.
         """
-        return self._traced(recorded)[0]
+        return self.computed(recorded=recorded)[0]
 
-    def computed(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The logits with the recorded integers, and how far every computed operand lies from its record.
+    def computed(self, *, recorded: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The same logits, and how far every computed operand lies from its record.
 
-        The distances, int64, have the operands' shapes and are named as in vectors.npz.
+        Returns:
+          The logits, and the distances |computed - recorded|, int64 in the operands' shapes, by their names
+          in vectors.npz.
         """
-        return self._traced(recorded=True)
-
-    def _traced(self, recorded: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         model = _Transformer(self, recorded)
         return model.logits(self.normalized(self.vectors["images"])), model.distances
 
@@ -228,11 +227,11 @@ class _Transformer:
     def _sums(self, name: str, **operands: np.ndarray) -> np.ndarray:
         """The unit times the integer sums and their constant, float32."""
         export = self._export
-        integers = [export.quantized(values, name) for values in operands.values()]
-        if self._recorded:
-            for part, computed in zip(operands, integers, strict=True):
-                self.distances[f"{name}/{part}"] = np.abs(computed - export.vectors[f"{name}/{part}"])
-            integers = [export.vectors[f"{name}/{part}"] for part in operands]
+        integers = []
+        for part, values in operands.items():
+            computed, there = export.quantized(values, name), export.vectors[f"{name}/{part}"]
+            self.distances[f"{name}/{part}"] = np.abs(computed - there)
+            integers.append(there if self._recorded else computed)
         sums = export.sums(name, *integers) + export.arrays.get(f"constants/{name}", 0)
         return np.float32(sums) * np.float32(2.0 ** export.operations[name]["exponent"])
 
@@ -260,14 +259,14 @@ class _Transformer:
 
 
 def main(directory: str | Path) -> int:
-    """Prints what agrees; 1 where a sum does not, nor an operand or a logit up to float32 rounding."""
+    """Prints what agrees; 1 where a sum does not, or an operand or logit by more than float32 rounding."""
     export = Export(directory)
     wrong, count = export.wrong_operations(), len(export.operations)
     print(f"{count - len(wrong)} of {count} operations have the recorded sums" + ", not ".join(["", *wrong]))
     if "patch_size" not in export.described["model"]:
         return 1 if wrong else 0
     expected = export.vectors["logits"]
-    found, distances = export.computed()
+    found, distances = export.computed(recorded=True)
     moved = sum(int(np.count_nonzero(distance)) for distance in distances.values())
     far = [name for name, distance in distances.items() if not _is_rounding(distance)]
     print(

@@ -32,7 +32,7 @@ MODULES: dict[type[ModelConfig], type[nn.Module]] = {
 CONFIG_CLASSES: dict[str, type[ModelConfig]] = dict.fromkeys(
     vit.VARIANTS, VisionTransformerConfig
 ) | dict.fromkeys(resnet.VARIANTS, AdderResNetConfig)
-_OWN = dict(CONFIG_CLASSES)
+_PACKAGED = frozenset(CONFIG_CLASSES)
 
 
 def register_model(config: type[ModelConfig], module: type[nn.Module], variants: Iterable[str]) -> None:
@@ -52,13 +52,11 @@ def register_model(config: type[ModelConfig], module: type[nn.Module], variants:
       variants: the names that `model.variant` has for it.
 
     Raises:
-      ValueError: the description or the module is not as said above, or another model has such a variant;
-        the message says what to change.
+      ValueError: the description or the module is not as said above, the description is another module's, or
+        another model has such a variant; the message says what to change.
     """
-    known = (
-        {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
-    )
-    if not isinstance(config, type) or not known or not config.__dataclass_params__.frozen:
+    is_class = isinstance(config, type) and dataclasses.is_dataclass(config)
+    if not is_class or not config.__dataclass_params__.frozen:
         raise ValueError(f"config={config!r} must be a class with @dataclasses.dataclass(frozen=True).")
     known = {field.name for field in dataclasses.fields(config)}
     if missing := [name for name in DERIVED_FIELDS if name not in known]:
@@ -84,12 +82,18 @@ def register_model(config: type[ModelConfig], module: type[nn.Module], variants:
     if not variants or not all(isinstance(name, str) and name for name in variants):
         raise ValueError(f"variants={variants!r} must be one name or more.")
     before = [found for found in MODULES if _path(found) == _path(config)]
+    if others := [MODULES[found] for found in before if _path(MODULES[found]) != _path(module)]:
+        raise ValueError(
+            f"{config.__name__} describes {others[0].__name__}, not {module.__name__}: derive a class from it"
+            " for another model."
+        )
     if taken := [name for name in variants if CONFIG_CLASSES.get(name, config) not in (config, *before)]:
         raise ValueError(f"Another model has the variants {', '.join(taken)}: choose other names.")
     # A module that is imported anew, as in a notebook, puts its new classes in the place of its old ones.
-    for name in [name for name, found in CONFIG_CLASSES.items() if found in before]:
+    replaced = [found for found in before if found is not config]
+    for name in [name for name, found in CONFIG_CLASSES.items() if found in replaced]:
         del CONFIG_CLASSES[name]
-    for found in before:
+    for found in replaced:
         del MODULES[found]
     MODULES[config] = module
     CONFIG_CLASSES.update(dict.fromkeys(variants, config))
@@ -111,7 +115,7 @@ def config_class(variant: str) -> type[ModelConfig]:
 
 def is_registered(variant: str) -> bool:
     """Whether a variant is that of a model that came by `register_model`."""
-    return variant in CONFIG_CLASSES and variant not in _OWN
+    return variant in CONFIG_CLASSES and variant not in _PACKAGED
 
 
 def build_model(config: ModelConfig) -> nn.Module:

@@ -19,9 +19,9 @@ from adderflax.files import write_whole
 
 # The description of an integer model: a directory that has it is no run's (`adderflax.export` writes it).
 INTEGERS = "integers.json"
-# What may differ between the run that began a workdir and the one that goes on in it: where the data and a
-# model's code lie, how fast data is read, how often figures are written, how much divergence is borne (the
-# trainer sees to it that no less is than there was). Everything else changes what is computed.
+# What may differ between the run that began a workdir and the one that goes on in it: where the data lies,
+# how fast it is read, how often figures are written, how much divergence is borne (the trainer sees to it
+# that no less is than there was). Everything else changes what is computed.
 FREE_FIELDS = {
     "data.data_dir",
     "data.workers",
@@ -36,7 +36,6 @@ FREE_FIELDS = {
     "mesh.tensor",
     "model.remat",
     "model.implementation",
-    "model.module",
 }
 # Of TFRecord files, whether they are held in memory decides which images validate, and the others' order.
 _FREE_UNLESS_TFRECORD = {"data.cache"}

@@ -410,6 +410,10 @@ def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
             "/no/such/run is not a run's workdir: it has no config.json",
         ),
         (
+            [*DIGITS, "--plot=/tmp"],
+            "/tmp is a directory. Name the picture's file, such as /tmp/energy.png.",
+        ),
+        (
             [*DIGITS, "--plot=/no/such/folder/x.png"],
             "x.png cannot be drawn: there is no directory /no/such/folder",
         ),

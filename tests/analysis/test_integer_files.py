@@ -138,7 +138,11 @@ def test_files(workdir, tmp_path, capsys):
     np.savez(tmp_path / "wrong" / "vectors.npz", **vectors)
     for name, factor, lines in (
         ("params/block_0/mlp/fc1/norm/scale", 9.0, "7 of 8 operands .*, not block_0/mlp/fc2/inputs\nlogits"),
-        ("params/block_0/mlp/fc1/norm/scale", 1.05, "7 of 8 operands .*, not block_0/mlp/fc2/inputs\nlogits"),
+        (
+            "params/block_0/mlp/fc1/norm/scale",
+            1.005,
+            "7 of 8 operands .*, not block_0/mlp/fc2/inputs\nlogits",
+        ),
         ("params/head/kernel", 1.01, "8 of 8 operands .*\nlogits with the recorded integers: at most "),
         ("params/head/kernel", np.nan, "8 of 8 operands .*\nlogits with the recorded integers: at most nan"),
     ):

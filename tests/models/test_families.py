@@ -80,6 +80,10 @@ NO_VARIANTS = dataclasses.make_dataclass(
         ((described(), Bare, ["Own"]), "Bare lacks the field `config: OwnConfig`."),
         ((described(), Own, []), "variants=() must be one name or more."),
         ((described(), Own, ["Own", 3]), "variants=('Own', 3) must be one name or more."),
+        (
+            (VisionTransformerConfig, Own, ["Own"]),
+            "VisionTransformerConfig describes VisionTransformer, not Own: derive a class from it",
+        ),
         ((described(), Own, ["Own", "Ti/4"]), "Another model has the variants Ti/4: choose other names."),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
@@ -111,6 +115,13 @@ def test_a_module_that_is_imported_anew_replaces_its_models():
         families.config_class("old name")
     with pytest.raises(ValueError, match="Another model has the variants Own"):
         register_model(described("OtherConfig"), Own, ["Own"])
+
+
+def test_a_description_may_get_more_variants():
+    own = described()
+    register_model(own, Own, ["Own"])
+    register_model(own, Own, ["larger"])
+    assert families.config_class("Own") is families.config_class("larger") is own
 
 
 def test_its_fields_are_those_of_the_configuration():
