@@ -46,10 +46,8 @@ TAUGHT = {
     "distillation.soft_labels": 0.5,
 }
 LONG: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("multiply", "adder-dw-hardtanh", "adder")}
-LONG_ONCE: dict[str, dict[str, Any]] = {
-    "adder-dw-hardtanh-multiplier20": SHORT["adder-dw-hardtanh-multiplier20"],
-    "adder-dw-hardtanh-taught": ADDER | CLIPPED | TAUGHT,
-}
+LONG |= {"adder-dw-hardtanh-taught": ADDER | CLIPPED | TAUGHT, "adder-taught": ADDER | TAUGHT}
+LONG_ONCE: dict[str, dict[str, Any]] = {"adder-dw-hardtanh-multiplier20": SHORT["adder-dw-hardtanh-multiplier20"]}
 
 
 def runs() -> list[Run]:
