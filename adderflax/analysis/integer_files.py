@@ -6,7 +6,7 @@
     integers.npz     params/NAME/adder_kernel int8, constants/NAME int32 where the layer is centered, all
                      other variables float32 under the names of weights.npz
     vectors.npz      images uint8, logits float32, and what goes into and comes out of every operation
-                     (`IntegerModel.vectors`)
+                     (`IntegerModel.vectors`), also of operands that take its accumulators to their ends
     config.json, dataset.json    of the run: the model and the images it is for
 
 A value is its integer times 2^exponent of its operation. With `integer_only`, besides:
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from adderflax.analysis import accumulators
 from adderflax.analysis.integer_only import (
     INTEGER_ONLY_FORMAT,
     at_the_limits,
@@ -41,12 +42,19 @@ from adderflax.analysis.integer_only import (
     integer_only_model,
 )
 from adderflax.analysis.integer_only_reference import LIMITS, IntegerOnly
-from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize, width
+from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
 from adderflax.encoder import EncoderConfig
 from adderflax.models.families import build_model
+from adderflax.training import environment
 from adderflax.training.config import RunConfig
-from adderflax.training.restore import config_here, data_from, load_model, unflatten_variables
+from adderflax.training.restore import (
+    config_here,
+    data_from,
+    load_model,
+    loaded_step,
+    unflatten_variables,
+)
 from adderflax.training.workdir import (
     INTEGERS,
     WorkdirError,
@@ -143,7 +151,12 @@ def export_workdir(
                 " multiplies does so with 8. Leave bits out."
             )
         whole = integer_only_model(integers, images, info) if integer_only else None
-        figures = {"integer_only": integer_only} | (accuracies(integers, whole) if evaluate else {})
+        here = environment.describe()
+        figures = {"integer_only": integer_only, "step": loaded_step(workdir, best=best)}
+        figures |= {"calibration_images": calibration} | {
+            name: here[name] for name in ("adderflax", "commit")
+        }
+        figures |= accuracies(integers, whole) if evaluate else {}
         with _telling_of(directory):
             for name in ("config.json", "dataset.json"):
                 shutil.copyfile(Path(workdir) / name, written / name)
@@ -175,7 +188,8 @@ def write_integers(
     normalized = normalize_batch(images, info)
     found = {"images": images, "logits": np.asarray(integers.apply(normalized))}
     np.savez_compressed(directory / _INTEGERS, **_arrays(integers))
-    np.savez_compressed(directory / _VECTORS, **found, **integers.vectors(normalized))
+    found |= integers.vectors(normalized) | accumulators.vectors(integers)
+    np.savez_compressed(directory / _VECTORS, **found)
     for source, name in (("integer_format.md", "README.md"), ("integer_reference.py", "reference.py")):
         shutil.copyfile(Path(__file__).with_name(source), directory / name)
     description = _described(integers) | figures
@@ -194,7 +208,7 @@ def write_integer_only(directory: Path, whole: IntegerOnly, images: np.ndarray) 
     np.savez_compressed(directory / f"{_INTEGER_ONLY}.npz", **whole.arrays)
     limits = at_the_limits(whole)
     vectors = {"images": images} | {LIMITS + name: inputs for name, inputs in limits.items()}
-    vectors |= whole.trace(images) | whole.trace_limits(**limits)
+    vectors |= whole.trace(images) | whole.trace_limits(**limits) | accumulators.integer_only_vectors(whole)
     np.savez_compressed(directory / f"{_INTEGER_ONLY}_vectors.npz", **vectors)
     for source, kind in (("integer_only_format.md", "md"), ("integer_only_reference.py", "py")):
         shutil.copyfile(Path(__file__).with_name(source), directory / f"{_INTEGER_ONLY}.{kind}")
@@ -202,11 +216,10 @@ def write_integer_only(directory: Path, whole: IntegerOnly, images: np.ndarray) 
 
 
 def _described(integers: IntegerModel) -> dict[str, Any]:
-    operations = []
-    for name, (lowest, highest) in integers.accumulators().items():
-        entry = {"name": name, **dataclasses.asdict(integers.operations[name])}
-        ends = {"accumulator_lowest": lowest, "accumulator_highest": highest}
-        operations.append(entry | ends | {"accumulator_bits": width(lowest, highest)})
+    operations = [
+        {"name": name, **dataclasses.asdict(integers.operations[name]), **accumulators.told(accumulator)}
+        for name, accumulator in accumulators.accumulators(integers).items()
+    ]
     half = 2 ** (integers.bits - 1)
     described = {
         "format": _FORMAT,

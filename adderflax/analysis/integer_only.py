@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from adderflax.analysis.accumulators import integer_only_accumulators, told
 from adderflax.analysis.grids import best_exponent, on_grid
 from adderflax.analysis.integer_only_reference import (
     ONE,
@@ -75,6 +76,9 @@ def integer_only_model(integers: IntegerModel, images_BxHxWxC: np.ndarray, info:
         raise ValueError("There are no calibration images; take some hundred of the training set.")
     seen = _look(integers, normalize_batch(images_BxHxWxC, info))
     described, arrays = _Writer(integers, info, seen).written()
+    for name, accumulator in integer_only_accumulators(described, arrays).items():
+        entries = described["layers" if name in described["layers"] else "attentions"]
+        entries[name] |= told(accumulator)
     return computing_fast(described, arrays)
 
 

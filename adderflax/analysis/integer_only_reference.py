@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 if __package__:
-    from adderflax.analysis.integer_reference import convolution, distances
+    from adderflax.analysis.integer_reference import ACCUMULATORS, command, convolution, distances
 else:  # in an export, beside its other reference
-    from reference import convolution, distances
+    from reference import ACCUMULATORS, command, convolution, distances
 
 WIDE = 16  # bits of what lies between operations
 TABLE = 11  # bits of what a table is entered with
@@ -91,6 +91,26 @@ class IntegerOnly:
         found["exponentials"] = two_to_the(np.int64(falls), shift, self._arrays["exponentials"])
         found["looked_up"] = self._looked_up(x, gelu).integers
         return {LIMITS + name: np.int32(integers) for name, integers in found.items()}
+
+    def trace_accumulators(self, operands: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The sums of layers and the scores of attentions for operands of their own, int32.
+
+        Args:
+          operands: by the names "NAME/inputs", or "NAME/queries" and "NAME/keys", with `ACCUMULATORS` before.
+
+        Returns:
+          "NAME/sums" or "NAME/scores", with `ACCUMULATORS` before.
+        """
+        found = {}
+        for name, integers in operands.items():
+            layer, _, part = name.rpartition("/")
+            if part == "inputs":
+                found[f"{layer}/sums"] = self._sums(np.int64(integers), layer.removeprefix(ACCUMULATORS))
+            elif part == "queries":
+                found[f"{layer}/scores"] = self._scores(
+                    *(np.int64(operands[f"{layer}/{part}"]) for part in ("queries", "keys"))
+                )
+        return {name: np.int32(integers) for name, integers in found.items()}
 
     def _traced(self, run: Callable[[], Any]) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
@@ -168,11 +188,10 @@ class IntegerOnly:
             rescaled(self._layer(x, f"{name}/{part}"), entry[part], entry[f"{part}_bits"])
             for part in ("query", "key", "value")
         )
-        query, key, value_BxHxTxd = (
-            part.integers.reshape(heads).transpose(0, 2, 1, 3) for part in (query, key, value)
-        )
-        product = self._distances if model["similarity"] == "l1" else self._matmul
-        scores = product(query, key.swapaxes(2, 3))
+        query, key, value = (part.integers.reshape(heads) for part in (query, key, value))
+        for part, integers in (("queries", query), ("keys", key), ("values", value)):
+            self._record(f"{name}/{part}", integers)
+        scores, value_BxHxTxd = self._scores(query, key), value.transpose(0, 2, 1, 3)
         self._record(f"{name}/scores", scores)
         falls = (scores.max(axis=-1, keepdims=True) - scores) * entry["multiplier"]
         exponentials = two_to_the(falls, entry["shift"], self._arrays["exponentials"])
@@ -205,13 +224,8 @@ class IntegerOnly:
         """A linear layer with what belongs to it: bias or constant, normalization, power."""
         entry = self.described["layers"][name]
         inputs = rescaled(x, entry["input"], entry["bits"]).integers
-        product = self._distances if entry["adds"] else self._matmul
-        kernel = self._arrays[f"{name}/kernel"]
-        if entry["geometry"] is None:
-            sums = product(inputs.reshape(-1, inputs.shape[-1]), kernel).reshape(*inputs.shape[:-1], -1)
-        else:
-            sums = convolution(inputs, kernel, product, **entry["geometry"])
-        x = Fixed(sums + self._arrays.get(f"{name}/constant", 0), entry["sums"])
+        self._record(f"{name}/inputs", inputs)
+        x = Fixed(self._sums(inputs, name), entry["sums"])
         self._record(f"{name}/sums", x.integers)
         if f"{name}/norm/gain" in self._arrays:
             x = self._norm(x, f"{name}/norm")
@@ -221,6 +235,21 @@ class IntegerOnly:
             x = self._looked_up(x, f"{name}/power")
         self._record(name, x.integers)
         return x
+
+    def _sums(self, inputs: np.ndarray, name: str) -> np.ndarray:
+        """The sums of a layer, with its constant."""
+        entry, kernel = self.described["layers"][name], self._arrays[f"{name}/kernel"]
+        product = self._distances if entry["adds"] else self._matmul
+        if entry["geometry"] is None:
+            sums = product(inputs.reshape(-1, inputs.shape[-1]), kernel).reshape(*inputs.shape[:-1], -1)
+        else:
+            sums = convolution(inputs, kernel, product, **entry["geometry"])
+        return sums + self._arrays.get(f"{name}/constant", 0)
+
+    def _scores(self, query_BxTxHxd: np.ndarray, key_BxTxHxd: np.ndarray) -> np.ndarray:
+        """[B, heads, queries, keys]."""
+        product = self._distances if self.described["model"]["similarity"] == "l1" else self._matmul
+        return product(query_BxTxHxd.transpose(0, 2, 1, 3), key_BxTxHxd.transpose(0, 2, 3, 1))
 
     def _norm(self, x: Fixed, name: str) -> Fixed:
         entry = self.described["norms"][name]
@@ -315,21 +344,31 @@ def _forget(name: str, integers: np.ndarray) -> None:
     """Records nothing."""
 
 
-def main(directory: str | Path) -> int:
-    """Prints what agrees; 1 where something does not."""
-    directory = Path(directory)
+def check(directory: Path) -> int:
+    """Prints what agrees; 1 where something does not, or is not recorded."""
     described = json.loads((directory / "integer_only.json").read_text())
     arrays, vectors = (dict(np.load(directory / f"integer_only{n}.npz")) for n in ("", "_vectors"))
     model = IntegerOnly(described, arrays)
     limits = (vectors.pop(LIMITS + name) for name in ("tokens", "falls", "entered"))
     found = model.trace(vectors.pop("images")) | model.trace_limits(*limits)
-    wrong = [name for name in vectors if not np.array_equal(found.get(name), vectors[name])]
+    parts = ("/inputs", "/queries", "/keys")
+    given = [name for name in vectors if name.startswith(ACCUMULATORS) and name.endswith(parts)]
+    found |= model.trace_accumulators({name: vectors.pop(name) for name in given})
+    for kind in ("layers", "attentions"):
+        for name, entry in described[kind].items():
+            sums = found[f"{ACCUMULATORS}{name}/{'sums' if kind == 'layers' else 'scores'}"]
+            found[f"{ACCUMULATORS}{name}/ends"] = np.array([sums.min(), sums.max()])
+            vectors[f"{ACCUMULATORS}{name}/ends"] = np.array(
+                [entry["accumulator_lowest"], entry["accumulator_highest"]]
+            )
+    names = found.keys() | vectors.keys()
+    wrong = sorted(name for name in names if not np.array_equal(found.get(name), vectors.get(name)))
     print(
-        f"{len(vectors) - len(wrong)} of {len(vectors)} values are the recorded ones"
+        f"{len(names) - len(wrong)} of {len(names)} values are the recorded ones"
         + ", not ".join(["", *wrong])
     )
-    return 1 if wrong or not vectors else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent))
+    sys.exit(command(check, __doc__))

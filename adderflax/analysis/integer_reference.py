@@ -10,15 +10,18 @@ are held against them, and once without. Values between the operations are equal
 that a computed integer may lie beside the recorded one, where its value lies between the two.
 """
 
+import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+ACCUMULATORS = "accumulators/"  # before the names of operands that take accumulators to their ends
 _ROWS_AT_ONCE = 64  # of a product: bounds the memory of its differences
 # float32 rounding moves logits by some 1e-6 of them, and a few in a million of the integers, each by one.
 _LOGIT_TOLERANCE = 1e-3
@@ -70,16 +73,25 @@ class Export:
         return convolution(inputs, templates.astype(np.int64), distances, **self.operations[name]["geometry"])
 
     def wrong_operations(self) -> list[str]:
-        """Names of the operations whose recorded sums are not those of their recorded operands."""
+        """Names of the operations whose recorded sums are not those of their recorded operands.
+
+        Or whose accumulators leave the range that is told of them, or do not reach its ends where meant to.
+        """
         return [name for name in self.operations if not self._agrees(name)]
 
     def _agrees(self, name: str) -> bool:
-        parts = ("queries", "keys") if self.operations[name]["kind"] == "similarity" else ("inputs",)
-        found = self.sums(name, *(self.vectors[f"{name}/{part}"] for part in parts))
         entry = self.operations[name]
-        whole = found + self.arrays.get(f"constants/{name}", 0)
-        inside = entry["accumulator_lowest"] <= whole.min() and whole.max() <= entry["accumulator_highest"]
-        return inside and np.array_equal(found, self.vectors[f"{name}/sums"])
+        parts = ("queries", "keys") if entry["kind"] == "similarity" else ("inputs",)
+        ends = []
+        for recorded in (name, ACCUMULATORS + name):
+            found = self.sums(name, *(self.vectors[f"{recorded}/{part}"] for part in parts))
+            if not np.array_equal(found, self.vectors[f"{recorded}/sums"]):
+                return False
+            whole = found + self.arrays.get(f"constants/{name}", 0)
+            ends.append((int(whole.min()), int(whole.max())))
+        (least, greatest), reached = ends
+        told = entry["accumulator_lowest"], entry["accumulator_highest"]
+        return told[0] <= least and greatest <= told[1] and reached == told
 
     def logits(self, *, recorded: bool) -> np.ndarray:
         """Logits of the recorded images, float32 [B, num_classes], of a Vision Transformer.
@@ -119,9 +131,12 @@ def convolution(
     """A convolution: `product`, `distances` or `np.matmul`, of patches and kernel [h, w, C / groups, O].
 
     x is [B, H, W, C], the result [B, H', W', O]. Zeros are added around the image, (before, after) in
-    height and width; the o-th of equally many groups of filters sees the o-th group of channels alone.
+    height and width, or cropped where these are negative; the o-th of equally many groups of filters sees
+    the o-th group of channels alone.
     """
-    x = np.pad(x_BxHxWxC, ((0, 0), *map(tuple, padding), (0, 0)))
+    crop = [slice(max(-before, 0), -max(-after, 0) or None) for before, after in padding]
+    zeros = [(max(before, 0), max(after, 0)) for before, after in padding]
+    x = np.pad(x_BxHxWxC[:, crop[0], crop[1]], ((0, 0), *zeros, (0, 0)))
     groups, (height, width, inside, filters) = feature_group_count, kernel.shape
     (step_h, step_w), (reach_h, reach_w) = strides, dilation
     rows = (x.shape[1] - (height - 1) * reach_h - 1) // step_h + 1
@@ -258,7 +273,24 @@ class _Transformer:
         return self._export.arrays[f"params/{name}"]
 
 
-def main(directory: str | Path) -> int:
+def command(check: Callable[[Path], int], description: str) -> int:
+    """Checks the directory that the command line names, or this file's; 2 where it cannot be read."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "directory", nargs="?", type=Path, default=Path(__file__).parent, help="default: that of this file"
+    )
+    directory = parser.parse_args().directory
+    try:
+        return check(directory)
+    except (OSError, KeyError, json.JSONDecodeError, zipfile.BadZipFile) as error:
+        told = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
+        print(f"error: {directory} {told}. Export the run again.", file=sys.stderr)
+        return 2
+
+
+def check(directory: Path) -> int:
     """Prints what agrees; 1 where a sum does not, or an operand or logit by more than float32 rounding."""
     export = Export(directory)
     wrong, count = export.wrong_operations(), len(export.operations)
@@ -292,4 +324,4 @@ def _is_rounding(distance: np.ndarray) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent))
+    sys.exit(command(check, __doc__))

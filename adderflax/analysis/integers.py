@@ -154,25 +154,6 @@ class IntegerModel:
             if self.operations[name].centered
         }
 
-    def accumulators(self) -> dict[str, tuple[int, int]]:
-        """The least and the greatest value of each operation's accumulators, by the operation's name.
-
-        It begins with the constant of a centered layer, or with 0, and each term takes something off, in
-        whatever order: with these templates, whatever the inputs of `bits` bits.
-        """
-        ranges = {}
-        templates, constants = self.templates(), self.constants()
-        for name, operation in self.operations.items():
-            if operation.kind == "similarity":
-                ranges[name] = (-operation.terms * (2**self.bits - 1), 0)
-                continue
-            found = templates[name].reshape(-1, templates[name].shape[-1]).astype(np.int64)
-            half = 2 ** (self.bits - 1)
-            furthest = np.maximum(found + half, half - 1 - found).sum(axis=0)
-            start = constants[name].astype(np.int64) if operation.centered else np.zeros_like(furthest)
-            ranges[name] = (int(np.min(start - furthest)), int(np.max(start)))
-        return ranges
-
     def _templates(self, name: str) -> jax.Array:
         flat = traverse_util.flatten_dict(self.variables["params"], sep="/")
         return self._integers(name, flat[f"{name}/{_TEMPLATES}"])
@@ -188,11 +169,6 @@ class IntegerModel:
         if (attention := _similarity_of(context)) is not None:
             outputs = on_grid(outputs, self.operations[_name(attention)].exponent, self.bits)
         return outputs
-
-
-def width(lowest: int, highest: int) -> int:
-    """Bits of a two's complement integer that holds both ends of a range around 0."""
-    return max((-lowest - 1).bit_length(), highest.bit_length()) + 1
 
 
 def quantize(

@@ -112,20 +112,32 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
     optimizer, _ = make_optimizer(run.optimizer, total_steps=1)
     target = abstract_state(model, optimizer, with_ema=run.ema_decay > 0, mesh=sharding.make_mesh())
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        step = checkpointer.best_step if best else checkpointer.latest_step
-        if step is None and checkpointer.latest_step is not None:
-            raise workdir_lib.WorkdirError(
-                f"{Path(workdir).absolute()} has checkpoints, but none of them was validated, so none is the"
-                " best: its run has no validation part (data.validation_fraction=0), or has not come to it"
-                " yet. Leave --best out."
-            )
-        if step is None:
-            raise workdir_lib.WorkdirError(
-                f"{Path(workdir).absolute()} has no complete checkpoint yet: train first, by the train.py"
-                " command that began the run."
-            )
-        state = checkpointer.restore_state(target, step)
+        state = checkpointer.restore_state(target, _step(checkpointer, workdir, best))
     return model, state.evaluated_variables, info
+
+
+def loaded_step(workdir: str | Path, *, best: bool = False) -> int | None:
+    """The step of the checkpoint that `load_model` loads, or None where that is a file of weights."""
+    if not workdir_lib.has_checkpoints(workdir):
+        return None
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        return _step(checkpointer, workdir, best)
+
+
+def _step(checkpointer: Checkpointer, workdir: str | Path, best: bool) -> int:
+    step = checkpointer.best_step if best else checkpointer.latest_step
+    if step is None and checkpointer.latest_step is not None:
+        raise workdir_lib.WorkdirError(
+            f"{Path(workdir).absolute()} has checkpoints, but none of them was validated, so none is the"
+            " best: its run has no validation part (data.validation_fraction=0), or has not come to it"
+            " yet. Leave --best out."
+        )
+    if step is None:
+        raise workdir_lib.WorkdirError(
+            f"{Path(workdir).absolute()} has no complete checkpoint yet: train first, by the train.py"
+            " command that began the run."
+        )
+    return step
 
 
 def write_weights(workdir: str | Path, file: str | Path, *, best: bool = False) -> None:

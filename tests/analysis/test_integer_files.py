@@ -16,13 +16,15 @@ import pytest
 from integer_models import SMALL, RawSums, dense_sums, model_of, trained
 
 from adderflax import AdderConv, export
+from adderflax.analysis.accumulators import width
 from adderflax.analysis.integer_files import export_workdir, load_integers, write_integers
 from adderflax.analysis.integer_reference import Export, convolution, distances
-from adderflax.analysis.integers import in_float32, quantize, width
+from adderflax.analysis.integers import in_float32, quantize
 from adderflax.data import DataConfig, load_dataset, normalize_batch
 from adderflax.operators import adder_conv
 from adderflax.predict import predict
 from adderflax.training.config import default_config
+from adderflax.training.environment import describe
 from adderflax.training.restore import load_model
 from adderflax.training.trainer import evaluate, train
 from adderflax.training.workdir import WorkdirError, holds_integers
@@ -59,15 +61,16 @@ def test_the_reference_in_numpy_computes_the_model(tmp_path, fields):
     assert np.abs(export.logits(recorded=False) - expected).max() < 0.02 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("padding", [((1, 0), (2, 1)), ((-1, 2), (0, -2))], ids=["padded", "cropped"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_convolution_of_the_reference(groups):
+def test_the_convolution_of_the_reference(groups, padding):
     random = np.random.default_rng(0)
     x, kernel = (
         random.integers(-128, 128, shape, np.int8) for shape in ((2, 7, 9, 4), (3, 2, 4 // groups, 6))
     )
     geometry = {
         "strides": (2, 1),
-        "padding": ((1, 0), (2, 1)),
+        "padding": padding,
         "dilation": (1, 3),
         "feature_group_count": groups,
     }
@@ -121,6 +124,9 @@ def test_files(workdir, tmp_path, capsys):
         True,
     )
     assert entry["accumulator_lowest"] >= -24 * 128  # what the constant leaves of 24 * 255
+    here = describe()
+    made_of = {"adderflax": here["adderflax"], "commit": here["commit"], "step": 2, "calibration_images": 40}
+    assert {name: description[name] for name in made_of} == made_of
     assert description["operands"] == {"lowest": -128, "highest": 127}
     assert description["rounding"] == "half to even"
     assert description["model"]["attention_scale"] == pytest.approx(1 / np.sqrt(2 * 8 * (1 - 2 / np.pi)))
@@ -135,6 +141,26 @@ def test_files(workdir, tmp_path, capsys):
     told = subprocess.run([*reference, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
     assert told.returncode == 1
     assert told.stdout.startswith("6 of 7 operations have the recorded sums, not block_0/mlp/fc1\n")
+    np.savez(tmp_path / "wrong" / "vectors.npz", **vectors)
+    for end, moved in (("lowest", -1), ("highest", 1)):  # a range that is too wide, or one that is too narrow
+        for step in (moved, -moved):
+            changed = json.loads((directory / "integers.json").read_text())
+            (entry,) = (e for e in changed["operations"] if e["name"] == "block_0/mlp/fc1")
+            entry[f"accumulator_{end}"] += step
+            (tmp_path / "wrong" / "integers.json").write_text(json.dumps(changed))
+            told = subprocess.run([*reference, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
+            assert told.returncode == 1
+            assert told.stdout.startswith("6 of 7 operations have the recorded sums, not block_0/mlp/fc1\n")
+    shutil.copy(directory / "integers.json", tmp_path / "wrong")
+    lost = {name: array for name, array in vectors.items() if name != "accumulators/block_0/mlp/fc1/sums"}
+    np.savez(tmp_path / "wrong" / "vectors.npz", **lost)
+    told = subprocess.run([*reference, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
+    wanted = f"error: {tmp_path / 'wrong'} lacks 'accumulators/block_0/mlp/fc1/sums'. Export the run again.\n"
+    assert (told.returncode, told.stderr) == (2, wanted)
+    told = subprocess.run([*reference, tmp_path / "none"], capture_output=True, text=True, cwd="/")
+    assert told.returncode == 2 and "none cannot be read: [Errno 2]" in told.stderr
+    told = subprocess.run([*reference, "--help"], capture_output=True, text=True, cwd="/")
+    assert told.returncode == 0 and "compares all of them" in told.stdout
     np.savez(tmp_path / "wrong" / "vectors.npz", **vectors)
     for name, factor, lines in (
         ("params/block_0/mlp/fc1/norm/scale", 9.0, "7 of 8 operands .*, not block_0/mlp/fc2/inputs\nlogits"),

@@ -144,7 +144,7 @@ def test_few_bits_are_those_of_the_adder_layers():
 
 def test_no_float_is_in_the_reference():
     tree = ast.parse(inspect.getsource(reference))
-    tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]  # it divides paths
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "check"]  # it divides paths
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Div), "a division that gives floats"
         assert not (isinstance(node, ast.Constant) and isinstance(node.value, float)), node.value
@@ -352,7 +352,15 @@ def test_files(workdir, tmp_path, capsys):
     checks = [sys.executable, "-E", "-c", code, str(directory / "integer_only.py")]
     checked = subprocess.run(checks, capture_output=True, text=True, cwd="/")
     assert checked.returncode == 0, checked.stderr
-    count = len(vectors) - 4  # inputs
+    operands = [name for name in vectors if name.startswith("accumulators/")]
+    operands = [name for name in operands if name.endswith(("/inputs", "/queries", "/keys"))]
+    # The ends of each accumulator are held against what is told of them.
+    ends = [
+        f"accumulators/{name}"
+        for kind in ("layers", "attentions")
+        for name in json.loads((directory / "integer_only.json").read_text())[kind]
+    ]
+    count = len(vectors) - 4 - len(operands) + len(ends)
     assert checked.stdout == f"{count} of {count} values are the recorded ones\n"
     shutil.copytree(directory, tmp_path / "wrong")
     vectors["block_0/mlp/fc1"][0, 0, 0] += 1
@@ -360,6 +368,19 @@ def test_files(workdir, tmp_path, capsys):
     checked = subprocess.run([*checks, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
     assert checked.returncode == 1
     assert checked.stdout == f"{count - 1} of {count} values are the recorded ones, not block_0/mlp/fc1\n"
+    # What is not recorded any more is not checked, and so it is wrong.
+    vectors.pop("block_0/mlp/fc1")
+    np.savez(tmp_path / "wrong" / "integer_only_vectors.npz", **vectors)
+    told = json.loads((directory / "integer_only.json").read_text())
+    told["layers"]["head"]["accumulator_highest"] += 1
+    (tmp_path / "wrong" / "integer_only.json").write_text(json.dumps(told))
+    checked = subprocess.run([*checks, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
+    assert checked.returncode == 1
+    expected = "values are the recorded ones, not accumulators/head/ends, not block_0/mlp/fc1\n"
+    assert checked.stdout == f"{count - 2} of {count} {expected}"
+    (tmp_path / "wrong" / "integer_only.npz").unlink()
+    checked = subprocess.run([*checks, tmp_path / "wrong"], capture_output=True, text=True, cwd="/")
+    assert checked.returncode == 2 and "wrong cannot be read: [Errno 2]" in checked.stderr
 
 
 def test_a_model_that_adds_nowhere_has_no_other_export(workdir, tmp_path):
