@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(
                     f"{arguments.plot} cannot be drawn: there is no directory {folder}. Make it."
                 )
-            draw(report, arguments.plot, title)
+            draw(report, arguments.plot, f"{title}\nunit energies {table.name}, memory {arguments.memory}")
     except (ConfigError, ImportError, OSError, ValueError, WorkdirError) as error:
         sys.exit(f"error: {error}")
     if arguments.json:
-        print(json.dumps(report.as_json(arguments.convention)))
+        print(json.dumps({"model": title} | report.as_json(arguments.convention)))
     else:
         print(f"{title}\n\n{as_text(report, arguments.convention)}")
 

@@ -488,9 +488,9 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
     def last_speed(run):
         return json.loads((folder / run / "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
 
-    page, readme, config = (
+    page, readme, config, measuring = (
         re.sub(r"\s+", " ", (RESULTS.parent / name).read_text())
-        for name in ("results/cifar10.md", "README.md", "configs/cifar10_adder_vit.py")
+        for name in ("results/cifar10.md", "README.md", "configs/cifar10_adder_vit.py", "docs/measuring.md")
     )
     new, old, taught = read("multiply"), read("first/multiply"), read("first/taught", "evaluation")
     for run in (new, old, taught):
@@ -550,6 +550,10 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
     counts = found[0][0]
     assert f"{counts.products / 1e6:.1f} million multiply-accumulates" in readme
     assert f"{(counts.linear + counts.scores) / 1e6:.1f} million terms |x - w|" in readme
+    # Windows of three meet nothing at one edge where they step by two, and at both where by one.
+    stems = (48**2 - 47**2) * 3 * 64 + (24**2 - 23**2) * 64 * 128
+    padding = stems + 7 * 512 * (24**2 - 22**2)
+    assert f"{padding / 1e6:.2f} of the {counts.products / 1e6:.1f} million" in measuring
 
 
 def test_the_table_of_the_warm_runs_is_what_they_wrote():

@@ -96,25 +96,21 @@ class Report:
     def as_json(self, convention: str) -> dict[str, Any]:
         """Energies of one image in millijoules and counts of its operations, as plain values.
 
-        Counts are in whole operations, of the whole model and of its products and adder operators by layer;
-        they do not depend on the convention. Layers have the names of `adderflax.analysis.integers`, the
-        paths of their parameters. "not_counted" names what a total lacks: primitives that are not known, and
-        loops of unknown length, which count for one turn.
+        Counts are in whole operations, of the whole model, and of its products and adder operators by part of
+        the network and by layer; they do not depend on the convention. Layers have the names of
+        `adderflax.analysis.integers`, the paths of their parameters. "not_counted" names what a total lacks:
+        primitives that are not known, and loops of unknown length, which count for one turn.
         """
         model, twin = self.total(convention)
-        parts = []
+        (ours, theirs), parts = map(split_into_parts, (self.model, self.twin)), []
         for part in self.parts:
-            ours, theirs = part.model[convention], part.twin[convention]
-            if ours.total or theirs.total:
-                parts.append(
-                    {
-                        "part": part.name,
-                        "total": ours.total,
-                        "twin_total": theirs.total,
-                        "memory": ours.memory,
-                        "twin_memory": theirs.memory,
-                    }
-                )
+            entry: dict[str, Any] = {"part": part.name}
+            for of, energies, ledgers in (("", part.model, ours), ("twin_", part.twin, theirs)):
+                priced, ledger = energies[convention], ledgers.get(part.name, Ledger(()))
+                entry |= {f"{of}total": priced.total, f"{of}memory": priced.memory}
+                entry |= {f"{of}multiply_accumulates": ledger.macs, f"{of}adder_terms": ledger.adder_elements}
+            if entry["total"] or entry["twin_total"]:
+                parts.append(entry)
         return {
             "convention": convention,
             "table": self.table.name,

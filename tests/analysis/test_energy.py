@@ -62,11 +62,12 @@ def test_published_totals(size, capsys):
     for arguments, total in (([], default), (["--config.model.similarity=dot"], linear)):
         found = json.loads(run(capsys, *config, *arguments, "--convention", "paper"))
         setting = ["convention", "table", "memory", "unit"]
-        assert list(found) == [*setting, "total", "twin_total", "ratio", "parts", "counts"]
+        assert list(found) == ["model", *setting, "total", "twin_total", "ratio", "parts", "counts"]
         assert (found["convention"], found["unit"]) == ("paper", "mJ")
         assert found["total"] == pytest.approx(total, rel=0.01)
         assert found["twin_total"] == pytest.approx(twin, rel=0.01)
         assert found["ratio"] == pytest.approx(twin / total, rel=0.01)
+        assert found["model"].endswith("one image of 224x224x3, 1000 classes")
         assert found["twin_total"] == pytest.approx(macs * 4.6, rel=0.001)
 
 
@@ -151,6 +152,11 @@ def test_parts_add_up_to_the_total():
         assert layers[fc1] == {"multiply_accumulates": 0, "adder_terms": tokens * width * 4 * width}
         for key in ("total", "twin_total"):
             assert sum(p[key] for p in found["parts"]) == pytest.approx(found[key], rel=1e-9)
+        for key in ("multiply_accumulates", "adder_terms"):
+            assert sum(p[key] for p in found["parts"]) == counts[key]
+            assert sum(p[f"twin_{key}"] for p in found["parts"]) == found["counts"]["twin"][key]
+        (mlp,) = (p for p in found["parts"] if p["part"] == "fc1, fc2")
+        assert mlp["adder_terms"] == mlp["twin_multiply_accumulates"] == 4 * 2 * tokens * width * 4 * width
     paper, full = (report.total(c)[0] for c in ("paper", "full"))
     assert paper.memory == 0 < full.memory and full.arithmetic > paper.total
 
@@ -432,7 +438,11 @@ def test_mistakes(capsys, arguments, expected):
 def test_a_trained_model_is_that_of_its_configuration(capsys):
     file = [f"--config={ROOT / 'configs/cifar10_adder_vit.py'}:warm", "--config.model.dtype=float32"]
     for arguments in (["--json"], ["--json", "--table", "exported"]):
-        assert run(capsys, WARM, *arguments) == run(capsys, *file, *arguments)
+        trained, configured = (json.loads(run(capsys, *of, *arguments)) for of in ([WARM], file))
+        model = "compact/4, one image of 32x32x3, 10 classes"
+        assert trained.pop("model") == f"{WARM}: {model}"
+        assert configured.pop("model") == f"{ROOT / 'configs/cifar10_adder_vit.py'}:warm: {model}"
+        assert trained == configured
     assert run(capsys, WARM).startswith(f"{WARM}: compact/4, one image of 32x32x3, 10 classes\n")
 
 
@@ -453,7 +463,8 @@ def test_an_export_is_priced_as_what_it_computes(capsys, exported):
         found = json.loads(run(capsys, exported, *asked, *full))
         assert found["table"] == table
         # All but the adder layers computes in float32.
-        assert found == json.loads(run(capsys, WARM, f"--table={table}", *full))
+        trained = json.loads(run(capsys, WARM, f"--table={table}", *full))
+        assert found | {"model": ""} == trained | {"model": ""}
 
 
 @pytest.mark.parametrize("model", [DIGITS, [WARM]], ids=["configuration", "weights"])
