@@ -272,7 +272,8 @@ class AdderSelfAttention(nn.Module):
 
         Args:
           x_BxTxD: input tokens.
-          mask: boolean, True where a query may see a key, broadcastable to [B, num_heads, T, T].
+          mask: boolean, True where a query may see a key, broadcastable to [B, num_heads, T, T], as
+            ``nn.make_causal_mask(x_BxTxD[..., 0], dtype=bool)``.
           p: exponent of the distance in the adder projections. Similarity and aggregation have no templates
             to anneal and stay as configured: an L1 similarity is L1 at every p.
 

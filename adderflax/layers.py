@@ -8,7 +8,6 @@ and runs on the float32 sums before anything is rounded to the layer's ``dtype``
 import contextlib
 import contextvars
 import functools
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from adderflax.fields import is_count, require_choice, require_count, require_pa
 from adderflax.operators import GradientRule, adder_conv, adder_matmul
 from adderflax.operators._depthwise import depthwise_conv
 from adderflax.operators._origin import distance_from_origin
+from adderflax.operators._windows import canonical_padding
 from adderflax.operators.rules import canonical_rule
 
 Array = jax.Array
@@ -89,6 +89,11 @@ class AdderDense(nn.Module):
         """
         _require_layer(self)
         canonical_rule(self.grad_kernel, "grad_kernel")  # the operator calls it grad_y
+        if not getattr(inputs, "ndim", 0):
+            raise ValueError(
+                "AdderDense takes an array of inputs [..., in], whose last axis is summed, but got"
+                f" {inputs!r}."
+            )
         shape = (inputs.shape[-1], self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
@@ -200,33 +205,15 @@ def geometry(layer: AdderConv) -> dict[str, Any]:
     pairs = {name: (value, value) if is_count(value) else value for name, value in pairs.items()}
     for name, value in pairs.items():
         require_pair(name, value)
-    return pairs | {"padding": _sides(layer.padding), "feature_group_count": layer.feature_group_count}
-
-
-def _sides(padding: Any) -> str | tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right)); a name as it is, which `adder_conv` knows or refuses."""
-    if isinstance(padding, str):
-        return padding
-
-    def whole(value):
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-    def two(value):
-        return (value, value) if whole(value) else value
-
-    try:
-        (top, bottom), (left, right) = map(two, two(padding))
-    except (TypeError, ValueError):  # nothing that has two entries
-        top = bottom = left = right = None
-    if not all(map(whole, (top, bottom, left, right))):
-        raise ValueError(
-            f"padding={padding!r} must be 'SAME', 'SAME_LOWER', 'VALID', a whole number, or two entries, for"
-            " height and width, each a whole number or a pair of them, one for each side, as (1, (0, 2))."
-        )
-    return (top, bottom), (left, right)
+    return pairs | {
+        "padding": canonical_padding(layer.padding),
+        "feature_group_count": layer.feature_group_count,
+    }
 
 
 def _require_layer(layer: AdderDense | AdderConv) -> None:
+    for name in ("power_activation", "centered"):
+        require_choice(name, getattr(layer, name), (True, False))
     require_normalization(layer.normalization, layer.power_activation)
     if not is_count(layer.features):
         raise ValueError(f"features={layer.features!r} must be a whole number, 1 or more, of outputs.")

@@ -91,6 +91,17 @@ def test_attention_mask_hides_keys():
     assert not np.allclose(out[:, 3:], later[:, 3:])
 
 
+def test_flaxs_masks_are_taken_as_booleans():
+    module = AdderSelfAttention(SMALL)
+    variables = random_params(module, tokens())
+    causal = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+    wanted = module.apply(variables, tokens(), causal)
+    mask = nn.make_causal_mask(tokens()[..., 0], dtype=bool)
+    np.testing.assert_array_equal(module.apply(variables, tokens(), mask), wanted)
+    with pytest.raises(TypeError, match=r"mask: needs dtype bool.*got float32\. Flax's .* with dtype=bool"):
+        module.apply(variables, tokens(), nn.make_causal_mask(tokens()[..., 0]))
+
+
 def test_block_passes_the_mask_on():
     block, mask = EncoderBlock(SMALL), jnp.tril(jnp.ones((5, 5), bool))
     variables = random_params(block, tokens())

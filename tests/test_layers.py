@@ -176,6 +176,18 @@ def test_what_a_layer_norm_leaves_nothing_of_is_refused(layer):
     assert np.abs(gradients["params"]["adder_kernel"]).max() > 1e-3
 
 
+@pytest.mark.parametrize("inputs", [[[1.0, 2.0]], 1.0, jnp.ones(())], ids=["list", "number", "scalar"])
+def test_inputs_are_arrays_with_features(inputs):
+    with pytest.raises(ValueError, match=r"AdderDense takes an array of inputs \[\.\.\., in\], .*1\."):
+        AdderDense(3).init(jax.random.key(0), inputs)
+
+
+@pytest.mark.parametrize("layer", [AdderDense(4, centered="no"), AdderConv(4, (1, 1), power_activation="no")])
+def test_flags_are_true_or_false(layer):
+    with pytest.raises(ValueError, match="='no' is not known; choose one of True, False"):
+        layer.init(jax.random.key(0), tokens((1, 4, 4, 8)))
+
+
 @pytest.mark.parametrize("name", ["kernel_size", "strides", "dilation"])
 @pytest.mark.parametrize("value", [0, (3,), (3, 0), (3.0, 3), (True, 3), "33"], ids=repr)
 def test_the_window_of_a_convolution_is_given_in_pairs(name, value):

@@ -43,6 +43,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from adderflax.layers import AdderConv, AdderDense, geometry
 from adderflax.models.classifier import abstract_variables
 from adderflax.models.vit import VisionTransformer, VisionTransformerConfig
 from adderflax.operators import adder_attention
@@ -137,11 +138,7 @@ def warm_start(
         if _TEMPLATES in part and layer + _TEMPLATES not in source:
             part[_TEMPLATES] = dense_templates(source[layer + _KERNEL], inputs)
         detached = context.module.copy(parent=None)
-        normalized = detached.apply({"params": traverse_util.unflatten_dict(part)}, inputs)
-        mean, deviation = _moments(normalized)
-        wanted_mean, wanted_deviation = moments[layer]
-        scale = wanted_deviation / jnp.maximum(deviation, _MIN_DEVIATION)
-        part |= {_SCALE: scale, _BIAS: wanted_mean - scale * mean}
+        part |= _matching(detached, part, inputs, moments[layer])
         result.update({layer + path: leaf for path, leaf in part.items()})
         return detached.apply({"params": traverse_util.unflatten_dict(part)}, inputs)
 
@@ -150,6 +147,79 @@ def warm_start(
     with nn.intercept_methods(convert):
         VisionTransformer(config_to).apply({"params": traverse_util.unflatten_dict(result)}, images_BxHxWxC)
     return traverse_util.unflatten_dict(result)
+
+
+def warm_start_layer(
+    layer: AdderDense | AdderConv, params: Mapping[str, Any], inputs: jax.Array
+) -> dict[str, Any]:
+    """Parameters of one adder layer that computes nearly what a trained layer that multiplies does.
+
+    Templates follow the kernel as this module's documentation says, and scale and bias of the layer's
+    normalization give each output the mean and the deviation, over all inputs, that it had.
+
+    Args:
+      layer: the layer to start, with ``normalization="layer"``.
+      params: of an `nn.Dense`, "kernel" [in, features], or of an `nn.Conv` with the same window, "kernel"
+        [height, width, in / feature_group_count, features]; and "bias" [features] where it has one.
+      inputs: what the layer meets, [..., in] or [N, H, W, in]; some hundred samples give stable moments.
+
+    Returns:
+      What ``layer.apply({"params": ...}, inputs)`` takes, float32.
+
+    Raises:
+      ValueError: the layer has no normalization, features are in groups but not depthwise, or the shapes do
+        not fit; the message says which.
+    """
+    kernel = jnp.asarray(params["kernel"], jnp.float32)
+    inputs = jnp.asarray(inputs, jnp.float32)
+    if layer.normalization != "layer":
+        raise ValueError(
+            f"normalization={layer.normalization!r} leaves the layer nothing to match the outputs with. Set"
+            " normalization='layer'."
+        )
+    layer = layer.copy(parent=None, dtype=jnp.float32)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), inputs)["params"]
+    if kernel.shape != (wanted := shapes["adder_kernel"].shape):
+        raise ValueError(
+            f"The kernel has shape {kernel.shape}, but with inputs {inputs.shape} the layer's templates have"
+            f" {wanted}. Give the parameters of a layer with as many inputs and features and the same window."
+        )
+    if isinstance(layer, AdderConv):
+        if 1 < (groups := layer.feature_group_count) != inputs.shape[-1]:
+            raise ValueError(
+                f"feature_group_count={groups} is neither 1 nor that of a depthwise convolution,"
+                f" {inputs.shape[-1]}; only these are converted."
+            )
+        window = geometry(layer)
+        outputs = jax.lax.conv_general_dilated(
+            inputs,
+            kernel,
+            window["strides"],
+            window["padding"],
+            rhs_dilation=window["dilation"],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+    else:
+        outputs = inputs @ kernel
+    bias = jnp.asarray(params.get("bias", 0.0), jnp.float32)
+    outputs = outputs + jnp.broadcast_to(bias, outputs.shape)
+    part = {path: _neutral(path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items()}
+    part[_TEMPLATES] = dense_templates(kernel, inputs)
+    part |= _matching(layer, part, inputs, _moments(outputs))
+    return traverse_util.unflatten_dict(part)
+
+
+def _matching(
+    layer: nn.Module,
+    part: Mapping[Path, Any],
+    inputs: jax.Array,
+    wanted: tuple[jax.Array, jax.Array],
+) -> dict[Path, jax.Array]:
+    """Scale and bias with which the layer's outputs have the wanted mean and deviation; neutral in `part`."""
+    mean, deviation = _moments(layer.apply({"params": traverse_util.unflatten_dict(dict(part))}, inputs))
+    scale = wanted[1] / jnp.maximum(deviation, _MIN_DEVIATION)
+    return {_SCALE: scale, _BIAS: wanted[0] - scale * mean}
 
 
 def dense_templates(kernel_IxO: jax.Array, inputs: jax.Array) -> jax.Array:

@@ -1,12 +1,14 @@
 """Windows of a convolution: the output rows cut into blocks, and the patches of a block as a matrix."""
 
 import math
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 _SYMBOLIC_BATCH = 32  # the batch for which blocks are cut where its size is not known
 
 
@@ -39,6 +41,35 @@ class Window(NamedTuple):
             )
         )
         return height, width
+
+
+def canonical_padding(padding: Any) -> str | tuple[tuple[int, int], tuple[int, int]]:
+    """Padding as users write it as ((top, bottom), (left, right)); a known name stays as it is.
+
+    Raises:
+        ValueError: it is no known name, whole number, or two of whole numbers and pairs of them.
+    """
+    if isinstance(padding, str) and padding in _PADDINGS:
+        return padding
+
+    def two(value):
+        return (value, value) if is_whole(value) else value
+
+    try:
+        (top, bottom), (left, right) = map(two, two(padding))
+    except (TypeError, ValueError):  # nothing that has two entries
+        top = bottom = left = right = None
+    if not all(map(is_whole, (top, bottom, left, right))):
+        raise ValueError(
+            f"padding={padding!r} must be {', '.join(map(repr, _PADDINGS))}, a whole number, or two entries,"
+            " for height and width, each a whole number or a pair of them, one for each side, as (1, (0, 2))."
+        )
+    return (int(top), int(bottom)), (int(left), int(right))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True and 3.0 are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class Blocks(NamedTuple):

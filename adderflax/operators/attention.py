@@ -77,14 +77,16 @@ def adder_attention(
         the identity included.
 
     Raises:
-        TypeError: an operand, mask, bias, scale or is_causal has a type or dtype that is not allowed.
+        TypeError: an operand, mask, bias, scale or flag has a type or dtype that is not allowed.
         ValueError: shapes that do not fit, no keys, a scale that is no scalar or a number that is not
             finite, or an unknown name.
     """
     rules = canonical_rule(grad_query, "grad_query"), canonical_rule(grad_key, "grad_key")
     check_implementation(implementation)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: needs True or False, got {is_causal!r}.")
+    flags = {"is_causal": is_causal, "identity": identity, "return_weights": return_weights}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: needs True or False, got {flag!r}.")
     _check_name("similarity", similarity)
     _check_name("aggregation", aggregation)
     _check_scale(scale)
@@ -317,8 +319,8 @@ def _broadcastable(array, argument, shape, single):
     dtype = getattr(array, "dtype", None)
     if argument == "mask" and dtype != jnp.bool_:
         raise TypeError(
-            f"mask: needs dtype bool, True where a query attends, got {dtype or type(array)}; for "
-            f"additive masks use bias."
+            f"mask: needs dtype bool, True where a query attends, got {dtype or type(array)}. Flax's "
+            f"make_causal_mask and make_attention_mask give it with dtype=bool; additive masks are a bias."
         )
     if argument == "bias":
         array = check_array(array, argument, "adder_attention")

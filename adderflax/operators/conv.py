@@ -10,7 +10,6 @@ it is summed elementwise (`_depthwise.py`) unless an implementation other than "
 
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,12 +26,11 @@ from adderflax.operators._dispatch import (
     logging_enabled,
     sums_bytes,
 )
-from adderflax.operators._windows import Blocks, Window
+from adderflax.operators._windows import Blocks, Window, canonical_padding, is_whole
 from adderflax.operators._xla import zeros
 from adderflax.operators.matmul import NUMBERS, Calls, calls, check_array, match_varying, named_call
 from adderflax.operators.rules import GradientRule, Rule, canonical_rule
 
-_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 # Bytes of patches in float32 that a block may take. On a CPU a block stays in the second-level cache;
 # elsewhere it is large enough to fill the device.
 _CPU_BLOCK = 4 * 2**20
@@ -53,9 +51,9 @@ def adder_conv(
     x: jax.Array,
     kernel: jax.Array,
     *,
-    strides: Sequence[int] = (1, 1),
-    padding: str | Sequence[tuple[int, int]] = "SAME",
-    dilation: Sequence[int] = (1, 1),
+    strides: int | Sequence[int] = (1, 1),
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+    dilation: int | Sequence[int] = (1, 1),
     feature_group_count: int = 1,
     p: float | jax.Array = 1.0,
     grad_x: GradientRule = "hardtanh",
@@ -78,11 +76,11 @@ def adder_conv(
         x: [N, H, W, C], float32, bfloat16 or float16; or int8 or uint8, where both operands are, summed
             exactly and without a gradient. N may be symbolic.
         kernel: [height, width, C / feature_group_count, O], likewise.
-        strides: steps of the window in height and width.
-        padding: "SAME", "SAME_LOWER", "VALID", or ((top, bottom), (left, right)). "SAME" pads the
-            bottom and right more where the total is odd, which differs from PyTorch's padding=1 at
-            stride 2.
-        dilation: distances between the kernel's positions.
+        strides: steps of the window in height and width, or one number for both.
+        padding: "SAME", "SAME_LOWER", "VALID", or ((top, bottom), (left, right)), where one number may
+            stand for a pair, or one for all; negative ones crop. "SAME" pads the bottom and right more
+            where the total is odd, which differs from PyTorch's padding=1 at stride 2.
+        dilation: distances between the kernel's positions, as strides.
         feature_group_count: groups of channels; the o-th of equally many groups of filters sees the
             o-th group of channels alone. C makes it depthwise.
         p: exponent of the distance, from 1 to 2 (see `adder_matmul`).
@@ -129,7 +127,7 @@ def _check_window(x, kernel, strides, padding, dilation, groups) -> Window:
             f"adder_conv: x has shape {x.shape} and kernel {kernel.shape}; only the batch may be symbolic."
         )
     strides, dilation = _pair(strides, "strides"), _pair(dilation, "dilation")
-    if not isinstance(groups, numbers.Integral) or isinstance(groups, bool) or groups < 1:
+    if not is_whole(groups) or groups < 1:
         raise ValueError(f"feature_group_count={groups!r} must be a positive integer.")
     channels, filters = x.shape[3], kernel.shape[3]
     if channels % groups or filters % groups:
@@ -143,32 +141,25 @@ def _check_window(x, kernel, strides, padding, dilation, groups) -> Window:
             f"feature_group_count={groups} the kernel needs the shape "
             f"[height >= 1, width >= 1, {channels // groups}, O]."
         )
+    padding = canonical_padding(padding)
     if isinstance(padding, str):
-        if padding not in _PADDINGS:
-            names = ", ".join(map(repr, _PADDINGS))
-            raise ValueError(f"padding={padding!r} is not known; allowed are {names} and two pairs.")
         reach = Window(strides, ((0, 0), (0, 0)), dilation, groups).reach(kernel.shape)
-        padding = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
-    pairs = tuple(_pair(sides, "padding", least=None) for sides in _two(padding, "padding"))
-    if any(size + sum(sides) < 0 for size, sides in zip(x.shape[1:3], pairs)):
-        raise ValueError(f"padding={pairs} crops more pixels than x of shape {x.shape} has.")
-    return Window(strides, pairs, dilation, int(groups))
+        padding = tuple(lax.padtype_to_pads(x.shape[1:3], reach, strides, padding))
+    if any(size + sum(sides) < 0 for size, sides in zip(x.shape[1:3], padding)):
+        raise ValueError(f"padding={padding} crops more pixels than x of shape {x.shape} has.")
+    return Window(strides, padding, dilation, int(groups))
 
 
-def _two(values, argument):
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 2:
-        raise ValueError(f"{argument}={values!r} needs two entries, for height and width.")
-    return tuple(values)
-
-
-def _pair(values, argument, least: int | None = 1) -> tuple[int, int]:
-    first, second = _two(values, argument)
-    for value in (first, second):
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise TypeError(f"{argument}={values!r} needs integers, got {type(value).__name__}.")
-        if least is not None and value < least:
-            raise ValueError(f"{argument}={values!r} needs integers of at least {least}.")
-    return int(first), int(second)
+def _pair(values, argument) -> tuple[int, int]:
+    two = (values, values) if is_whole(values) else values
+    if isinstance(two, str) or not hasattr(two, "__len__") or len(two) != 2:
+        raise ValueError(f"{argument}={values!r} needs a whole number, or two, for height and width.")
+    for value in two:
+        if not is_whole(value):
+            raise TypeError(f"{argument}={values!r} needs whole numbers, got {type(value).__name__}.")
+        if value < 1:
+            raise ValueError(f"{argument}={values!r} needs whole numbers of at least 1.")
+    return int(two[0]), int(two[1])
 
 
 def _check_accepts(implementation, x, kernel, window) -> None:

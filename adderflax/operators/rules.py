@@ -13,7 +13,7 @@ Adder networks therefore replace it by a function of the difference d:
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ ALLOWED_RULES = (
     '"full", "hardtanh", "sign", with a slope ("hardtanh", 4.0) or "hardtanh:4", and a function of the'
     " difference, elementwise"
 )
+_SEVERAL, _ONE = ((2, 3), jnp.dtype("float32")), ((1, 1), jnp.dtype("float32"))  # differences to try
 _SLOPES = (1e-30, 1e30)  # both a slope and its inverse are normal float32 numbers
 
 
@@ -75,35 +76,38 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
 
 
 def _check_function(rule: Callable[[jax.Array], jax.Array], argument: str) -> None:
-    difference = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     try:
-        found, alone = _tried(rule)
-        fits = (found.shape, found.dtype) == (difference.shape, difference.dtype)
+        traced, found, alone = _tried(rule)
     except Exception as error:  # of a function that is not ours
         raise ValueError(
             f"{argument}: the gradient rule {rule!r} is to be a hashable function of an array of differences,"
-            f" elementwise; it failed with {type(error).__name__}: {error}"
+            f" elementwise, by JAX's operations, which can be traced as NumPy's cannot; it failed with"
+            f" {type(error).__name__}: {error}"
         ) from error
-    if not fits:
-        raise ValueError(
-            f"{argument}: the gradient rule {rule!r} is to be elementwise: of differences float32 [2, 3] it"
-            f" gave {found.dtype} {list(found.shape)}. Return an array of their shape and dtype."
-        )
+    for differences, result in ((_SEVERAL, traced), (_SEVERAL, found), *((_ONE, one) for one in alone)):
+        if (getattr(result, "shape", None), getattr(result, "dtype", None)) != differences:
+            gave = f"{result.dtype} {list(result.shape)}" if hasattr(result, "dtype") else repr(result)
+            raise ValueError(
+                f"{argument}: the gradient rule {rule!r} is to be elementwise: of differences float32"
+                f" {list(differences[0])} it gave {gave}. Return an array of their shape and dtype."
+            )
+    found, alone = np.ravel(found), np.ravel(alone)
     if not np.allclose(found, alone, rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ValueError(
             f"{argument}: the gradient rule {rule!r} is to be elementwise: of each difference alone it gave"
-            f" {np.ravel(alone)}, of the same ones together {np.ravel(found)}."
+            f" {alone}, of the same ones together {found}."
         )
 
 
 @functools.lru_cache(maxsize=256)
-def _tried(rule: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, np.ndarray]:
-    """The rule of six differences together, and of each alone."""
+def _tried(rule: Callable[[jax.Array], jax.Array]) -> tuple[Any, Any, list]:
+    """The rule of six differences traced, of the same together, and of each alone."""
+    traced = jax.eval_shape(lambda difference: rule(difference), jax.ShapeDtypeStruct(*_SEVERAL))
     with jax.ensure_compile_time_eval():
         differences = jnp.linspace(-1.7, 2.1, 6, dtype=jnp.float32).reshape(2, 3)
         found = rule(differences)
-        each = [[np.asarray(rule(differences[i : i + 1, k : k + 1])) for k in range(3)] for i in range(2)]
-    return found, np.block(each)
+        alone = [rule(differences[i : i + 1, k : k + 1]) for i in range(2) for k in range(3)]
+    return traced, found, alone
 
 
 def _number(text: str) -> float | str:

@@ -10,8 +10,8 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 
-from adderflax import VisionTransformer, VisionTransformerConfig, adder_conv
-from adderflax.models import warm_start
+from adderflax import AdderConv, AdderDense, VisionTransformer, VisionTransformerConfig, adder_conv
+from adderflax.models import warm_start, warm_start_layer
 from adderflax.models.conversion import dense_templates
 from adderflax.models.vit import PRESETS
 
@@ -144,6 +144,70 @@ def test_depthwise_convolutions_are_converted():
     dense = nn.Conv(64, (3, 3), padding="VALID", feature_group_count=64, use_bias=False)
     products = dense.apply({"params": {"kernel": kernel}}, inputs)
     assert np.mean([correlation(sums[..., c], products[..., c]) for c in range(64)]) > 0.7
+
+
+LAYERS = {
+    "dense": (AdderDense(24), nn.Dense(24), (300, 16), 0.85),
+    "no bias, power": (
+        AdderDense(24, power_activation=True),
+        nn.Dense(24, use_bias=False),
+        (9, 40, 16),
+        0.85,
+    ),
+    "centered": (AdderDense(24, centered=True), nn.Dense(24), (300, 16), 0.85),
+    "convolution": (
+        AdderConv(24, (3, 2), strides=2, padding=((1, 0), (2, 1)), dilation=(1, 2)),
+        nn.Conv(24, (3, 2), strides=2, padding=((1, 0), (2, 1)), kernel_dilation=(1, 2)),
+        (20, 9, 9, 16),
+        0.75,
+    ),
+    "depthwise": (
+        AdderConv(32, (3, 3), padding="SAME_LOWER", feature_group_count=16),
+        nn.Conv(32, (3, 3), padding="SAME_LOWER", feature_group_count=16),
+        (20, 9, 9, 16),
+        0.6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_layer_follows_its_source_and_has_its_moments(name):
+    layer, source, shape, least = LAYERS[name]
+    inputs = 1.0 + 2.0 * jax.random.normal(jax.random.key(0), shape)
+    params = source.init(jax.random.key(1), inputs)["params"]
+    if source.use_bias:
+        params |= {"bias": jnp.linspace(-1.0, 1.0, source.features)}
+    started = warm_start_layer(layer, params, inputs)
+    fresh = layer.init(jax.random.key(2), inputs)["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), started, fresh)
+    found = np.float32(layer.apply({"params": started}, inputs))
+    wanted = np.asarray(source.apply({"params": params}, inputs))
+    found, wanted = (outputs.reshape(-1, outputs.shape[-1]) for outputs in (found, wanted))
+    np.testing.assert_allclose(found.mean(0), wanted.mean(0), atol=1e-3 * wanted.std())
+    np.testing.assert_allclose(found.std(0), wanted.std(0), rtol=1e-3)
+    assert correlation(found, wanted) > least
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "told"),
+    [
+        (AdderDense(24, normalization="none"), (16, 24), "normalization='none' leaves the layer nothing to"),
+        (
+            AdderDense(24),
+            (15, 24),
+            r"The kernel has shape \(15, 24\), but .* templates have \(16, 24\)\. Give",
+        ),
+        (
+            AdderConv(24, (3, 3), feature_group_count=4),
+            (3, 3, 4, 24),
+            "feature_group_count=4 is neither 1 nor",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_converted(layer, shape, told):
+    inputs = jnp.ones((4, 6, 6, 16))
+    with pytest.raises(ValueError, match=told):
+        warm_start_layer(layer, {"kernel": jnp.ones(shape)}, inputs)
 
 
 def test_another_similarity_keeps_the_deviation_of_attention_logits():

@@ -305,6 +305,20 @@ def test_peak_memory():
         assert memory.temp_size_in_bytes <= images * image + 3 * conv_module._CPU_BLOCK
 
 
+@pytest.mark.parametrize(
+    ("short", "pairs"),
+    [
+        ({"strides": 2, "dilation": 2}, {"strides": (2, 2), "dilation": (2, 2)}),
+        ({"padding": 1}, {"padding": ((1, 1), (1, 1))}),
+        ({"padding": [(0, 2), -1]}, {"padding": ((0, 2), (-1, -1))}),
+    ],
+    ids=str,
+)
+def test_one_number_stands_for_two(short, pairs):
+    x, kernel = normal(0, 2, 7, 6, 3), normal(1, 2, 2, 3, 4)
+    np.testing.assert_array_equal(*(adder_conv(x, kernel, **options) for options in (short, pairs)))
+
+
 X, KERNEL = np.ones((2, 6, 6, 4), np.float32), np.ones((3, 3, 4, 8), np.float32)
 BAD_CALLS = {
     "rank of x": (ValueError, (X[0], KERNEL), {}, ["x has shape (6, 6, 4)", "[N, H, W, C]"]),
@@ -319,11 +333,13 @@ BAD_CALLS = {
     "integers": (TypeError, (X.astype(np.int32), KERNEL), {}, ["adder_conv: x", "int32", "astype"]),
     "list": (TypeError, (X, [1.0]), {}, ["kernel", "list"]),
     "stride": (ValueError, (X, KERNEL), {"strides": (0, 1)}, ["strides=(0, 1)", "at least 1"]),
-    "one stride": (ValueError, (X, KERNEL), {"strides": 2}, ["strides=2", "two entries"]),
-    "no strides": (ValueError, (X, KERNEL), {"strides": None}, ["strides=None", "two entries"]),
+    "three strides": (ValueError, (X, KERNEL), {"strides": (2, 2, 2)}, ["strides=(2, 2, 2)", "or two"]),
+    "no strides": (ValueError, (X, KERNEL), {"strides": None}, ["strides=None", "whole number, or two"]),
+    "text": (ValueError, (X, KERNEL), {"strides": "22"}, ["strides='22'", "whole number, or two"]),
+    "true": (ValueError, (X, KERNEL), {"dilation": True}, ["dilation=True", "whole number, or two"]),
     "dilation": (TypeError, (X, KERNEL), {"dilation": (1.5, 1)}, ["dilation=(1.5, 1)", "float"]),
-    "padding": (ValueError, (X, KERNEL), {"padding": "FULL"}, ["'FULL'", "'SAME'", "'VALID'", "pairs"]),
-    "pairs": (ValueError, (X, KERNEL), {"padding": (1, 1)}, ["padding", "two entries"]),
+    "padding": (ValueError, (X, KERNEL), {"padding": "FULL"}, ["'FULL'", "'SAME'", "'VALID'", "a pair"]),
+    "pairs": (ValueError, (X, KERNEL), {"padding": (1, 1, 1)}, ["padding=(1, 1, 1)", "two entries"]),
     "crop": (ValueError, (X, KERNEL), {"padding": ((-4, -4), (0, 0))}, ["((-4, -4), (0, 0))", "crops"]),
     "rule": (ValueError, (X, KERNEL), {"grad_kernel": "tanh"}, ["grad_kernel", "'tanh'"]),
     "implementation": (ValueError, (X, KERNEL), {"implementation": "cuda"}, ["implementation", "'cuda'"]),

@@ -296,6 +296,8 @@ BAD_CALLS = {
     "scale inf": (ValueError, (Q, K, V), {"scale": -math.inf}, ["scale", "-inf", "finite"]),
     "scale too large": (ValueError, (Q, K, V), {"scale": 1e39}, ["scale", "finite in float32"]),
     "is_causal": (TypeError, (Q, K, V), {"is_causal": "yes"}, ["is_causal", "'yes'", "True or False"]),
+    "identity type": (TypeError, (Q, K, V), {"identity": "no"}, ["identity", "'no'", "True or False"]),
+    "weights": (TypeError, (Q, K, V), {"return_weights": 1}, ["return_weights", "got 1"]),
     "no keys": (ValueError, (Q, K[:, :0], V[:, :0]), {"identity": False}, ["key", "(2, 0, 3, 8)"]),
     "dtype": (TypeError, (Q, K, V.astype(np.float64)), {}, ["value", "float64"]),
 }  # fmt: skip

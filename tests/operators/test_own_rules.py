@@ -125,8 +125,15 @@ class Unhashable:
     [
         (jnp.sum, r"is to be elementwise: of differences float32 \[2, 3\] it gave float32 \[\]"),
         (lambda d: d > 0, r"it gave bool \[2, 3\]. Return an array of their shape and dtype"),
-        (lambda d: (d, d), "failed with AttributeError"),
-        (lambda d: d["x"], "is to be a hashable function of an array of differences, elementwise; it failed"),
+        (lambda d: (d, d), r"is to be elementwise: of differences float32 \[2, 3\] it gave \(Shape"),
+        (lambda d: 1.0, r"it gave float32 \[\]\. Return an array"),
+        (lambda d: jnp.ones((2, 3)), r"of differences float32 \[1, 1\] it gave float32 \[2, 3\]"),
+        (np.tanh, "by JAX's operations, which can be traced as NumPy's cannot; it failed with Tracer"),
+        (lambda d: d if d[0, 0] > 0 else -d, "it failed with Tracer"),
+        (
+            lambda d: d["x"],
+            "is to be a hashable function of an array of differences, .* by JAX's operations, .* failed",
+        ),
         (lambda d: d - d.mean(), "of each difference alone it gave .* of the same ones together"),
         (Unhashable(), "failed with TypeError: unhashable"),
     ],
