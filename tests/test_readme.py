@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -38,11 +39,15 @@ def test_snippet_runs(code):
         "maps": {(2, 3, 65, 65)},
         "attended": {(2, 5, 64)},
         "templates": {(64, 256)},
+        "outputs": {(256, 64)},
     }
     shown = [name for name in shapes if name in names]
     assert shown
     for name in shown:
         assert names[name].shape in shapes[name], name
+    if "outputs" in names:
+        wanted = names["dense"].apply({"params": names["trained"]}, names["inputs"])
+        assert f"by {np.corrcoef(wanted.ravel(), names['outputs'].ravel())[0, 1]:.2f}\n" in code
 
 
 def test_the_test_command_is_the_one_ci_runs():
