@@ -5,13 +5,14 @@
 // columns are copied ("packed") into one run of memory, padded with zeros, and every tile of rows walks down
 // its panel with its sums in registers: of A it reads scalars, which the processor broadcasts.
 //
-//   forward     A = x [M, K]           B = y [K, N]                           |a - b|
+//   forward     A = x [M, K]           B = y [K, N]                           |a - b|, or 2 max(a, b) - a - b
 //   gradient_x  A = g [M, N]           B = y, transposed   H = x [M, K]       clip(b - h) a
 //   gradient_y  A = x, transposed      B = g [M, N]        H = y [K, N]       clip(a - h) b
 //   bytes       A = x [M, K], uint8    B = y [K, N]                           |a - b|, eight terms a step
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -81,8 +82,45 @@ inline void store_first(float* to, Vector vector, int64_t lanes) {
 
 inline Vector magnitude(Vector d) { return (Vector)((Integers)d & 0x7fffffff); }
 
-// Between -limit and limit; a NaN stays one, so the second operand of these instructions is d.
+// x86's processors multiply and add in other units than those that add, subtract and compare. So a sum of v times
+// 1, and a difference of b times 1, cost nothing where those are busy; they are rounded once, and so the same. The
+// compiler must not know that it is 1.
+#if defined(ADDERFLAX_AVX512) || (defined(ADDERFLAX_AVX2) && defined(__FMA__))
+#define ADDERFLAX_FUSED
+#if defined(ADDERFLAX_AVX512)
+inline Vector fused(Vector a, Vector b, Vector c) { return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Vector difference(Vector a, Vector b, Vector one) {
+  return (Vector)_mm512_fmsub_ps((__m512)a, (__m512)one, (__m512)b);
+}
+inline Vector maximum(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+inline Vector fused(Vector a, Vector b, Vector c) { return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline Vector difference(Vector a, Vector b, Vector one) {
+  return (Vector)_mm256_fmsub_ps((__m256)a, (__m256)one, (__m256)b);
+}
+inline Vector maximum(Vector a, Vector b) { return (Vector)_mm256_max_ps((__m256)a, (__m256)b); }
+#endif
+inline Vector hidden_one() {
+  Vector one = Vector{} + 1.0f;
+  asm volatile("" : "+v"(one));
+  return one;
+}
+inline Vector sum_of(Vector sum, Vector v, Vector one) { return fused(v, one, sum); }
+#else
+inline Vector fused(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector hidden_one() { return Vector{}; }
+inline Vector sum_of(Vector sum, Vector v, Vector) { return sum + v; }
+inline Vector difference(Vector a, Vector b, Vector) { return a - b; }
+#endif
+
+// Between -limit and limit. A NaN stays one, so the second operand of these instructions is d, unless there is
+// none (`ordinary`).
+template <bool ordinary>
 inline Vector clip(Vector d, Vector limit) {
+#if defined(ADDERFLAX_AVX512) && defined(__AVX512DQ__)
+  // The one of less magnitude, with the sign of d.
+  if (ordinary) return (Vector)_mm512_range_ps((__m512)d, (__m512)limit, 2);
+#endif
 #if defined(ADDERFLAX_AVX512)
   return (Vector)_mm512_min_ps((__m512)limit, _mm512_max_ps((__m512)-limit, (__m512)d));
 #elif defined(ADDERFLAX_AVX2)
@@ -170,10 +208,10 @@ void cut(ffi::ThreadPool& pool, const Lengths& n, int64_t panel, const Tiles& ti
 
 // ---- float32 ----
 
-// The rule of gradients, and whether A or B is what it is multiplied by.
-enum class Term { kForward, kHardtanhA, kSignA, kHardtanhB, kSignB };
+// |a - b|, or max(a, b) in its place; or the rule of gradients, and whether A or B is what it is multiplied by.
+enum class Term { kForward, kMaximum, kHardtanhA, kSignA, kHardtanhB, kSignB };
 
-constexpr bool is_gradient(Term term) { return term != Term::kForward; }
+constexpr bool is_gradient(Term term) { return term != Term::kForward && term != Term::kMaximum; }
 
 // Rows of a tile that is `vectors` wide: sums, and for gradients H, fill the registers.
 constexpr int tile_rows(Term term, int vectors) {
@@ -224,38 +262,172 @@ void pack(const Floats& f, const float* b, int64_t t, int64_t terms, int64_t fir
     for (int64_t i = 0; i < terms; ++i) panel[i * width + c] = 0.0f;
 }
 
-// Adds `terms` terms to a tile of the result, or sets it to their sum.
+// Whether all lanes are finite numbers.
+inline bool is_finite(Vector v) {
+  const Integers differs = v - v != Vector{};
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= differs[i];
+  return !any;
+}
+
+// Whether `count` numbers are finite: v - v is 0 then, and NaN otherwise.
+inline bool are_finite(const float* from, int64_t count) {
+  Vector sum = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vector v = load_first(from + i, count - i);
+    sum += v - v;
+  }
+  return is_finite(sum);
+}
+
+// Adds `terms` terms to the sums of a tile. Half of a gradient's differences are fused, so that units are
+// equally busy; where clipping takes two instructions all of them are.
+template <Term term, int vectors, bool ordinary, int kRows>
+inline __attribute__((always_inline)) void add_terms(const float* const (&a_rows)[kRows], int64_t a_term,
+                                                     const float* panel, int64_t terms,
+                                                     const Vector (&held)[kRows][vectors], float limit,
+                                                     Vector (&sums)[kRows][vectors]) {
+  const Vector bound = Vector{} + limit, one = hidden_one();
+#if defined(__AVX512DQ__) && defined(ADDERFLAX_AVX512)
+  constexpr int kFused = ordinary ? 2 : 1;
+#else
+  constexpr int kFused = 1;
+#endif
+  for (int64_t t = 0; t < terms; ++t) {
+    Vector right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = load(panel + t * vectors * kLanes + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const Vector left = Vector{} + a_rows[i][t * a_term];
+      for (int j = 0; j < vectors; ++j) {
+        const bool fuse = (i + j) % kFused == 0;
+        if (term == Term::kForward) sums[i][j] = sum_of(sums[i][j], magnitude(left - right[j]), one);
+#if defined(ADDERFLAX_FUSED)
+        if (term == Term::kMaximum) sums[i][j] = sum_of(sums[i][j], maximum(left, right[j]), one);
+#endif
+        if (term == Term::kHardtanhA) {
+          const Vector d = fuse ? difference(right[j], held[i][j], one) : right[j] - held[i][j];
+          sums[i][j] = fused(clip<ordinary>(d, bound), left, sums[i][j]);
+        }
+        if (term == Term::kSignA) sums[i][j] = fused(sign(right[j] - held[i][j]), left, sums[i][j]);
+        if (term == Term::kHardtanhB) {
+          const Vector d = fuse ? difference(left, held[i][j], one) : left - held[i][j];
+          sums[i][j] = fused(clip<ordinary>(d, bound), right[j], sums[i][j]);
+        }
+        if (term == Term::kSignB) sums[i][j] = fused(sign(left - held[i][j]), right[j], sums[i][j]);
+      }
+    }
+  }
+}
+
+#if defined(ADDERFLAX_FUSED)
+inline float total(Vector v) {
+#if defined(ADDERFLAX_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+// One bit a lane.
+inline uint32_t at_least(Vector a, Vector b) {
+#if defined(ADDERFLAX_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
+#endif
+}
+
+// A sum d of |a - b| was found as 2 sum max(a, b) - sum a - sum b: of each lane, whether it is as exact as one of
+// differences is. It is not where it is small beside the sums of a and b, or not finite.
+inline uint32_t exact(Vector d, Vector row_sum, Vector column_sum) {
+  d = magnitude(d);
+  return at_least(d * 4.0f, magnitude(row_sum) + magnitude(column_sum)) & at_least(Vector{} + FLT_MAX, d);
+}
+
+// Puts sums of differences where the others are not exact. Of each sum its own row and column decide, so that it
+// does not depend on its tile.
+template <int vectors, int kRows>
+__attribute__((noinline)) void replace(const float* const (&a_rows)[kRows], const float* panel, int64_t terms,
+                                       const Vector (&row_sums)[kRows], const float* column_sums,
+                                       Vector (&sums)[kRows][vectors]) {
+  const Vector none[kRows][vectors] = {};
+  Vector again[kRows][vectors] = {};
+  add_terms<Term::kForward, vectors, false>(a_rows, 1, panel, terms, none, 0.0f, again);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < vectors; ++j) {
+      const uint32_t kept = exact(sums[i][j], row_sums[i], load(column_sums + j * kLanes));
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (!(kept >> lane & 1)) sums[i][j][lane] = again[i][j][lane];
+    }
+}
+
+// Turns sums of max(a, b) into those of |a - b|.
+template <int vectors, int kRows>
+inline __attribute__((always_inline)) void to_distances(const float* const (&a_rows)[kRows], const float* panel,
+                                                        int64_t terms, const float* column_sums,
+                                                        Vector (&sums)[kRows][vectors]) {
+  constexpr uint32_t kAll = (1u << kLanes) - 1;
+  uint32_t all = kAll;
+  Vector row_sums[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    Vector row = {};
+    for (int64_t t = 0; t < terms; t += kLanes) row += load_first(a_rows[i] + t, terms - t);
+    row_sums[i] = Vector{} + total(row);
+    for (int j = 0; j < vectors; ++j) {
+      const Vector column_sum = load(column_sums + j * kLanes);
+      sums[i][j] = sums[i][j] * 2.0f - (row_sums[i] + column_sum);
+      all &= exact(sums[i][j], row_sums[i], column_sum);
+    }
+  }
+  if (all == kAll) return;
+  // A copy, without which the compiler would keep the sums in memory everywhere.
+  Vector copy[kRows][vectors];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < vectors; ++j) copy[i][j] = sums[i][j];
+  replace<vectors>(a_rows, panel, terms, row_sums, column_sums, copy);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < vectors; ++j) sums[i][j] = copy[i][j];
+}
+#endif
+
+// What a tile takes from its panel.
+struct Panel {
+  const float* columns;  // [terms, width]
+  int64_t terms;
+  bool ordinary;      // whether everything that is subtracted, but H, is a finite number
+  const float* sums;  // of each column, where maxima are summed
+};
+
+// Adds the terms of a panel to a tile of the result, or sets it to their sum.
 template <Term term, int vectors>
-void tile(const float* a, int64_t a_row, int64_t a_term, const float* panel, int64_t terms, const float* h, float* out,
+void tile(const float* a, int64_t a_row, int64_t a_term, const Panel& panel, const float* h, float* out,
           int64_t columns, int64_t valid_rows, int64_t valid_columns, bool add, float limit, float factor) {
   constexpr int kRows = tile_rows(term, vectors);
-  constexpr int kWidth = vectors * kLanes;
   // Rows that are not there are the last one again, and are not stored.
   const float* a_rows[kRows];
   for (int i = 0; i < kRows; ++i) a_rows[i] = a + std::min<int64_t>(i, valid_rows - 1) * a_row;
   Vector sums[kRows][vectors], held[kRows][vectors];
+  Vector finite = {};
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < vectors; ++j) sums[i][j] = Vector{};
     if (is_gradient(term)) {
       const float* from = h + std::min<int64_t>(i, valid_rows - 1) * columns;
-      for (int j = 0; j < vectors; ++j) held[i][j] = load_first(from + j * kLanes, valid_columns - j * kLanes);
-    }
-  }
-  const Vector bound = Vector{} + limit;
-  for (int64_t t = 0; t < terms; ++t) {
-    Vector right[vectors];
-    for (int j = 0; j < vectors; ++j) right[j] = load(panel + t * kWidth + j * kLanes);
-    for (int i = 0; i < kRows; ++i) {
-      const float left = a_rows[i][t * a_term];
       for (int j = 0; j < vectors; ++j) {
-        if (term == Term::kForward) sums[i][j] += magnitude(left - right[j]);
-        if (term == Term::kHardtanhA) sums[i][j] += clip(right[j] - held[i][j], bound) * left;
-        if (term == Term::kSignA) sums[i][j] += sign(right[j] - held[i][j]) * left;
-        if (term == Term::kHardtanhB) sums[i][j] += clip(left - held[i][j], bound) * right[j];
-        if (term == Term::kSignB) sums[i][j] += sign(left - held[i][j]) * right[j];
+        held[i][j] = load_first(from + j * kLanes, valid_columns - j * kLanes);
+        finite += held[i][j] - held[i][j];
       }
     }
   }
+  if (is_gradient(term) && panel.ordinary && is_finite(finite))
+    add_terms<term, vectors, true>(a_rows, a_term, panel.columns, panel.terms, held, limit, sums);
+  else
+    add_terms<term, vectors, false>(a_rows, a_term, panel.columns, panel.terms, held, limit, sums);
+#if defined(ADDERFLAX_FUSED)
+  if (term == Term::kMaximum)
+    to_distances<vectors>(a_rows, panel.columns, panel.terms, panel.sums, sums);
+#endif
   for (int i = 0; i < kRows; ++i) {
     if (i >= valid_rows) break;
     for (int j = 0; j < vectors; ++j) {
@@ -276,12 +448,26 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
   const float* h = is_gradient(term) ? f.h + batch * n.rows * n.columns + first : nullptr;
   float* out = f.out + batch * n.rows * n.columns + first;
   const int64_t a_row = f.a_transposed ? 1 : n.terms, a_term = f.a_transposed ? n.rows : 1;
-  float* panel = workspace<float>(std::min(kMostTerms, n.terms) * kWidth);
+  float* panel = workspace<float>(std::min(kMostTerms, n.terms) * kWidth + kWidth);
   for (int64_t t = 0; t < n.terms; t += kMostTerms) {
     const int64_t terms = std::min(kMostTerms, n.terms - t);
+    float* sums = panel + terms * kWidth;
     pack(f, b, t, terms, first, columns, kWidth, panel);
+    bool ordinary = false;
+    if (term == Term::kHardtanhA) ordinary = are_finite(panel, terms * kWidth);
+    if (term == Term::kHardtanhB) {  // A is transposed
+      ordinary = true;
+      for (int64_t i = 0; i < terms; ++i) ordinary &= are_finite(a + (t + i) * a_term + start, end - start);
+    }
+    if (term == Term::kMaximum) {
+      for (int j = 0; j < vectors; ++j) {
+        Vector column = {};
+        for (int64_t i = 0; i < terms; ++i) column += load(panel + i * kWidth + j * kLanes);
+        store(sums + j * kLanes, column);
+      }
+    }
     for (int64_t m = start; m < end; m += kRows)
-      tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, panel, terms,
+      tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, {panel, terms, ordinary, sums},
                           is_gradient(term) ? h + m * n.columns : nullptr, out + m * n.columns, n.columns,
                           std::min<int64_t>(kRows, end - m), columns, t > 0, f.limit, f.factor);
   }
@@ -474,7 +660,11 @@ using S32 = ffi::Buffer<ffi::S32>;
 ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 y, ffi::Result<F32> out) {
   Floats f = {x.typed_data(), y.typed_data(), nullptr, out->typed_data(), lengths(*out, axis(x, 1))};
   f.factor = -1.0f;
+#if defined(ADDERFLAX_FUSED)
+  run<Term::kMaximum>(pool, f);
+#else
   run<Term::kForward>(pool, f);
+#endif
   return ffi::Error::Success();
 }
 

@@ -83,28 +83,72 @@ def test_agree_with_float64(instructions, shape, batch):
     np.testing.assert_array_equal(sums, exact_sums(bytes_x, bytes_y))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("offset", [0.0, 0.9, 1.5, 3.0, 100.0, -1e4])
+@pytest.mark.parametrize("k", [9, 64, 600])
+def test_sums_are_as_exact_where_operands_lie_far_from_zero(instructions, offset, k):
+    """Sums of maxima, from which those of both operands are taken, would have lost digits there."""
+    x, y, _ = operands(50, k, 70)
+    x, y = x + np.float32(offset), y + np.float32(offset)
+    y[:, 3] = x[7] + np.float32(1e-3)  # one pair that is close, whatever the others are
+    x[9] = y[:, 11]
+    found, (expected, _) = np.asarray(jax.jit(lambda x, y: _cpu.forward(x, y))(x, y)), reference.forward(x, y)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found[9, 11] == 0.0
+
+
+def test_sums_that_leave_the_range(instructions):
+    x, y, _ = operands(20, 400, 40)
+    x, y = np.sign(x) * np.float32(1e36), np.sign(y) * np.float32(1e36)
+    x[:4], y[:, :5] = np.float32(1e36), np.float32(1e36)
+    x[6:8], x[8] = np.float32(-1e36), np.float32(3e38)
+    # Of these each is in range, but not what both sums are together.
+    x[9], y[:, 7] = np.float32(5e35), np.float32([4e35, 6e35] * 200)
+    found = np.asarray(jax.jit(lambda x, y: _cpu.forward(x, y))(x, y))
+    with np.errstate(over="ignore"):
+        expected = reference.forward(x, y)[0].astype(np.float32)
+    assert np.isinf(expected).any() and np.isfinite(expected).any() and (expected == 0.0).any()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [*RULES, None], ids=lambda rule: rule.kind if rule else "forward")
 @pytest.mark.parametrize("method", ["gradient_x", "gradient_y"])
-def test_nan_and_infinity_pass_as_through_xla(instructions, method, rule):
+@pytest.mark.parametrize("where", ["both", "x", "y", "nowhere but one infinity", "g"])
+def test_nan_and_infinity_pass_as_through_xla(instructions, method, rule, where):
     x, y, g = operands(9, 20, 35)
-    x[2, 3], x[4, 5], y[6, 7], y[8, 9] = np.nan, np.inf, -np.inf, np.nan
+    if where in ("both", "x"):
+        x[2, 3], x[4, 5], x[6, 7] = np.nan, np.inf, -np.inf
+    if where in ("both", "y"):
+        y[7, 7], y[8, 9], y[5, 30] = -np.inf, np.nan, np.inf
+    if where == "both":
+        x[8, 1] = y[1, 33] = np.inf  # whose difference is none
+    if where == "nowhere but one infinity":
+        x[4, 5] = np.inf
+    if where == "g":
+        g[3, 4], g[5, 6] = np.nan, np.inf
+    if rule is None:
+        method, keywords, given = "forward", {}, (x, y)
+    else:
+        keywords, given = {"rule": rule}, (x, y, g)
     actual, expected = (
-        np.asarray(jax.jit(functools.partial(getattr(module, method), rule=rule))(x, y, g))
+        np.asarray(jax.jit(functools.partial(getattr(module, method), **keywords))(*given))
         for module in (_cpu, _xla)
     )
-    assert np.isnan(expected).any() and np.isfinite(expected).any()
+    finite = np.isfinite(expected)
+    assert finite.any() and (where in ("g", "nowhere but one infinity") or not finite.all())
     np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sum_does_not_depend_on_where_it_is_cut(instructions):
-    # Hence not on the number of threads either.
+    # Hence not on the number of threads either. Some pairs are close, so that they are summed in another way.
     x, y, g = operands(700, 600, 130)
+    x[200:400] += 3.0
+    y[:, 30:60:2] += 3.0
     run = jax.jit(lambda x, y, g: (_cpu.forward(x, y), _cpu.gradient_x(x, y, g, RULES[0])))
     whole, part = run(x, y, g), run(x[301:307], y, g[301:307])
     for all_rows, rows in zip(whole, part):
         np.testing.assert_array_equal(all_rows[301:307], rows)
-    columns = jax.jit(_cpu.forward)(x, y[:, 40:59])
+    columns = jax.jit(lambda x, y: _cpu.forward(x, y))(x, y[:, 40:59])
     np.testing.assert_array_equal(whole[0][:, 40:59], columns)
 
 
