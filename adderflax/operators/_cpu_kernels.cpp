@@ -113,14 +113,17 @@ inline Vector sum_of(Vector sum, Vector v, Vector) { return sum + v; }
 inline Vector difference(Vector a, Vector b, Vector) { return a - b; }
 #endif
 
-// Between -limit and limit. A NaN stays one, so the second operand of these instructions is d, unless there is
-// none (`ordinary`).
-template <bool ordinary>
-inline Vector clip(Vector d, Vector limit) {
 #if defined(ADDERFLAX_AVX512) && defined(__AVX512DQ__)
-  // The one of less magnitude, with the sign of d.
-  if (ordinary) return (Vector)_mm512_range_ps((__m512)d, (__m512)limit, 2);
+constexpr bool kClipsAtOnce = true;
+// The one of less magnitude, with the sign of d, which is no NaN: between -limit and limit by one instruction.
+inline Vector clip_at_once(Vector d, Vector limit) { return (Vector)_mm512_range_ps((__m512)d, (__m512)limit, 2); }
+#else
+constexpr bool kClipsAtOnce = false;
+inline Vector clip_at_once(Vector d, Vector) { return d; }
 #endif
+
+// Between -limit and limit; a NaN stays one, so the second operand of these instructions is d.
+inline Vector clip(Vector d, Vector limit) {
 #if defined(ADDERFLAX_AVX512)
   return (Vector)_mm512_min_ps((__m512)limit, _mm512_max_ps((__m512)-limit, (__m512)d));
 #elif defined(ADDERFLAX_AVX2)
@@ -280,38 +283,34 @@ inline bool are_finite(const float* from, int64_t count) {
   return is_finite(sum);
 }
 
-// Adds `terms` terms to the sums of a tile. Half of a gradient's differences are fused, so that units are
-// equally busy; where clipping takes two instructions all of them are.
-template <Term term, int vectors, bool ordinary, int kRows>
+// Adds `terms` terms to the sums of a tile; `at_once` clips by one instruction. Half of a gradient's differences
+// are fused then, so that units are equally busy, and otherwise all of them.
+template <Term term, int vectors, bool at_once, int kRows>
 inline __attribute__((always_inline)) void add_terms(const float* const (&a_rows)[kRows], int64_t a_term,
                                                      const float* panel, int64_t terms,
                                                      const Vector (&held)[kRows][vectors], float limit,
                                                      Vector (&sums)[kRows][vectors]) {
   const Vector bound = Vector{} + limit, one = hidden_one();
-#if defined(__AVX512DQ__) && defined(ADDERFLAX_AVX512)
-  constexpr int kFused = ordinary ? 2 : 1;
-#else
-  constexpr int kFused = 1;
-#endif
+  auto clipped = [bound](Vector d) { return at_once ? clip_at_once(d, bound) : clip(d, bound); };
   for (int64_t t = 0; t < terms; ++t) {
     Vector right[vectors];
     for (int j = 0; j < vectors; ++j) right[j] = load(panel + t * vectors * kLanes + j * kLanes);
     for (int i = 0; i < kRows; ++i) {
-      const Vector left = Vector{} + a_rows[i][t * a_term];
+      const Vector left = a_rows[i][t * a_term] - Vector{};  // x + 0 would be computed: -0 is not 0 then
       for (int j = 0; j < vectors; ++j) {
-        const bool fuse = (i + j) % kFused == 0;
+        const bool fuse = !at_once || (i + j) % 2 == 0;
         if (term == Term::kForward) sums[i][j] = sum_of(sums[i][j], magnitude(left - right[j]), one);
 #if defined(ADDERFLAX_FUSED)
         if (term == Term::kMaximum) sums[i][j] = sum_of(sums[i][j], maximum(left, right[j]), one);
 #endif
         if (term == Term::kHardtanhA) {
           const Vector d = fuse ? difference(right[j], held[i][j], one) : right[j] - held[i][j];
-          sums[i][j] = fused(clip<ordinary>(d, bound), left, sums[i][j]);
+          sums[i][j] = fused(clipped(d), left, sums[i][j]);
         }
         if (term == Term::kSignA) sums[i][j] = fused(sign(right[j] - held[i][j]), left, sums[i][j]);
         if (term == Term::kHardtanhB) {
           const Vector d = fuse ? difference(left, held[i][j], one) : left - held[i][j];
-          sums[i][j] = fused(clip<ordinary>(d, bound), right[j], sums[i][j]);
+          sums[i][j] = fused(clipped(d), right[j], sums[i][j]);
         }
         if (term == Term::kSignB) sums[i][j] = fused(sign(left - held[i][j]), right[j], sums[i][j]);
       }
@@ -396,7 +395,7 @@ inline __attribute__((always_inline)) void to_distances(const float* const (&a_r
 struct Panel {
   const float* columns;  // [terms, width]
   int64_t terms;
-  bool ordinary;      // whether everything that is subtracted, but H, is a finite number
+  bool finite;        // whether what H is subtracted from is known to be
   const float* sums;  // of each column, where maxima are summed
 };
 
@@ -420,7 +419,8 @@ void tile(const float* a, int64_t a_row, int64_t a_term, const Panel& panel, con
       }
     }
   }
-  if (is_gradient(term) && panel.ordinary && is_finite(finite))
+  // Two forms in one function cost registers.
+  if (kClipsAtOnce && is_gradient(term) && panel.finite && is_finite(finite))
     add_terms<term, vectors, true>(a_rows, a_term, panel.columns, panel.terms, held, limit, sums);
   else
     add_terms<term, vectors, false>(a_rows, a_term, panel.columns, panel.terms, held, limit, sums);
@@ -453,12 +453,10 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
     const int64_t terms = std::min(kMostTerms, n.terms - t);
     float* sums = panel + terms * kWidth;
     pack(f, b, t, terms, first, columns, kWidth, panel);
-    bool ordinary = false;
-    if (term == Term::kHardtanhA) ordinary = are_finite(panel, terms * kWidth);
-    if (term == Term::kHardtanhB) {  // A is transposed
-      ordinary = true;
-      for (int64_t i = 0; i < terms; ++i) ordinary &= are_finite(a + (t + i) * a_term + start, end - start);
-    }
+    bool finite = kClipsAtOnce;
+    if (kClipsAtOnce && term == Term::kHardtanhA) finite = are_finite(panel, terms * kWidth);
+    if (kClipsAtOnce && term == Term::kHardtanhB)  // A is transposed
+      for (int64_t i = 0; i < terms; ++i) finite &= are_finite(a + (t + i) * a_term + start, end - start);
     if (term == Term::kMaximum) {
       for (int j = 0; j < vectors; ++j) {
         Vector column = {};
@@ -467,7 +465,7 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
       }
     }
     for (int64_t m = start; m < end; m += kRows)
-      tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, {panel, terms, ordinary, sums},
+      tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, {panel, terms, finite, sums},
                           is_gradient(term) ? h + m * n.columns : nullptr, out + m * n.columns, n.columns,
                           std::min<int64_t>(kRows, end - m), columns, t > 0, f.limit, f.factor);
   }
