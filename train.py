@@ -5,6 +5,7 @@ python train.py --config configs/cifar10_adder_vit.py:multiply --config.seed=1 -
 python train.py --workdir runs/twin-1 --eval_only
 
 SIGTERM and SIGINT (Ctrl-C) finish the update at hand, save it and exit; the same command goes on from there.
+Before the first update there is nothing to save.
 A training whose output nobody reads any more, as behind `| head`, goes on.
 Exit codes: 0 finished; 1 an error, told in one paragraph; 75 (EX_TEMPFAIL) stopped by a signal, saved; 128
 plus the signal's number: a second signal came before that, and the last checkpoint is where the run goes on.
@@ -140,4 +141,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     with pipes.reader_may_leave():
-        app.run(main, flags_parser=_parse_flags)
+        try:
+            app.run(main, flags_parser=_parse_flags)
+        except KeyboardInterrupt:  # before the run has begun, or after its last update
+            sys.exit(130)

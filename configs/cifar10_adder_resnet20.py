@@ -41,7 +41,6 @@ def get_config(arithmetic: str = "adder") -> ConfigDict:
     config.augment.crop_padding = 4
     config.augment.flip = True
 
-    config.eval_every = 1960
     config.checkpoint_every = 980
     config.log_every = 50
     return config

@@ -48,7 +48,7 @@ TAUGHT = {
 LONG: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("multiply", "adder-dw-hardtanh", "adder")}
 LONG |= {"adder-dw-hardtanh-taught": ADDER | CLIPPED | TAUGHT, "adder-taught": ADDER | TAUGHT}
 LONG |= {"multiply-lr6": SHORT["multiply-lr6"]}
-LONG_ONCE: dict[str, dict[str, Any]] = {"adder-dw-hardtanh-multiplier20": SHORT["adder-dw-hardtanh-multiplier20"]}
+LONG_ONCE: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("adder-dw-hardtanh-multiplier20",)}
 
 
 def runs() -> list[Run]:

@@ -102,6 +102,21 @@ def test_the_warm_model_is_the_taught_one_from_its_teachers_weights(name):
         ({"model.grad_inputs": "sign", "model.centered": True}, ["model.grad_inputs", "model.centered"]),
         ({"model.grad_query": "sign", "anneal_fraction": 0.5}, ["anneal_fraction", "model.grad_query"]),
         ({"augment.crop_scale": (0.5, 1.0)}, ["augment.crop_scale"]),
+        ({"augment.crop_scale": (0.5, 1.0), "augment.random_resized_crop": True}, []),
+        (
+            {"augment.randaugment_magnitude": 5, "augment.randaugment_std": 1.0},
+            ["augment.randaugment_magnitude", "augment.randaugment_std"],
+        ),
+        ({"augment.randaugment_magnitude": 5, "augment.randaugment_layers": 2}, []),
+        ({"warm_start.images": 10}, ["warm_start.images"]),
+        ({"warm_start.images": 10, "warm_start.source": "runs/twin"}, []),
+        ({"distillation.temperature": 4.0}, ["distillation.temperature"]),
+        (
+            {"distillation.temperature": 4.0, "distillation.teacher": "t", "distillation.soft_labels": 0.5},
+            [],
+        ),
+        ({"eval_every": 100, "data.validation_fraction": 0.0}, ["eval_every"]),
+        ({"eval_every": 100}, []),
     ],
 )
 def test_fields_that_do_nothing_are_named(changed, idle):
@@ -112,7 +127,18 @@ def test_fields_that_do_nothing_are_named(changed, idle):
     assert run.idle_fields(model, {"fc1": {"kernel": np.ones((2, 2))}}) == idle
     adder = dataclasses.replace(model, similarity="l1")
     templates = {"fc1": {"adder_kernel": np.ones((2, 2))}}
-    assert run.idle_fields(adder, templates) == [name for name in idle if name.startswith("augment")]
+    of_templates = ("model.", "anneal")
+    assert run.idle_fields(adder, templates) == [name for name in idle if not name.startswith(of_templates)]
+
+
+def test_a_bias_of_layers_that_have_none_is_named():
+    config = default_config("adder")
+    config.model.use_bias = True
+    for changed, idle in (({}, ["model.use_bias"]), ({"output_projection": "multiply"}, [])):
+        config.model.update(changed)
+        run = RunConfig.parse(config)
+        model = run.model_config(describe("digits"))
+        assert run.idle_fields(model, {"fc1": {"adder_kernel": np.ones((2, 2))}}) == idle
 
 
 def test_no_figure_is_left_open():

@@ -7,10 +7,12 @@ Adder networks therefore replace it by a function of the difference d:
 * "hardtanh": clip(d, -1, 1), AdderNet's rule for inputs;
 * ("hardtanh", slope), or "hardtanh:SLOPE": clip(slope * d, -1, 1);
 * "sign": sign(d), the true derivative;
-* a function of d, elementwise: a rule of your own, which XLA's operations compute.
+* a function of d, elementwise: a rule of your own, which XLA's operations compute; or its name,
+  "MODULE:FUNCTION", for a configuration.
 """
 
 import functools
+import importlib
 import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -23,7 +25,7 @@ GradientRule = str | tuple[Literal["hardtanh"], float] | Callable[[jax.Array], j
 
 ALLOWED_RULES = (
     '"full", "hardtanh", "sign", with a slope ("hardtanh", 4.0) or "hardtanh:4", and a function of the'
-    " difference, elementwise"
+    ' difference, elementwise, or its name "MODULE:FUNCTION"'
 )
 _SEVERAL, _ONE = ((2, 3), jnp.dtype("float32")), ((1, 1), jnp.dtype("float32"))  # differences to try
 _SLOPES = (1e-30, 1e30)  # both a slope and its inverse are normal float32 numbers
@@ -45,15 +47,19 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
     """Checks a rule as users write it and returns its canonical form.
 
     Args:
-        rule: "full", "hardtanh", "sign", ("hardtanh", slope), "hardtanh:SLOPE" or a function.
+        rule: "full", "hardtanh", "sign", ("hardtanh", slope), "hardtanh:SLOPE", a function, or
+            "MODULE:FUNCTION" for one that is imported.
         argument: name of the argument that carried it, for the error message.
 
     Raises:
         ValueError: the rule is none of those, its slope is not a number from 1e-30 to 1e30, or the
-            function is not hashable or, tried on a few numbers, not elementwise on float32.
+            function cannot be imported, is not hashable or, tried on a few numbers, not elementwise on
+            float32.
     """
     if isinstance(rule, Rule):
         rule = rule.kind if rule.slope == 1.0 else (rule.kind, rule.slope)
+    if isinstance(rule, str) and ":" in rule and not rule.startswith("hardtanh:"):
+        rule = _imported(rule, argument)
     if callable(rule):
         _check_function(rule, argument)
         return Rule(rule)
@@ -73,6 +79,20 @@ def canonical_rule(rule: GradientRule, argument: str) -> Rule:
             f"{_SLOPES[0]:g} to {_SLOPES[1]:g}, got {slope!r}."
         )
     raise ValueError(f"{argument}: unknown gradient rule {rule!r}; allowed are {ALLOWED_RULES}.")
+
+
+def _imported(name: str, argument: str) -> Callable[[jax.Array], jax.Array]:
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{argument}: the gradient rule {name!r} cannot be imported: {error}. It names a function in a"
+            " Python module; put the module's directory on PYTHONPATH."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{argument}: the gradient rule {name!r} is no function, but {found!r}.")
+    return found
 
 
 def _check_function(rule: Callable[[jax.Array], jax.Array], argument: str) -> None:

@@ -244,9 +244,21 @@ class RunConfig:
             idle += ["anneal_fraction"] * bool(self.anneal_fraction)
         if getattr(model, "similarity", None) != "l1":
             silent += ["grad_query", "grad_key"]
+        if {getattr(model, name, None) for name in ("linear", "output_projection")} == {"adder"}:
+            silent.append("use_bias")
         idle += [f"model.{name}" for name in silent if self.model.get(name)]
-        if not self.augment.random_resized_crop and self.augment.crop_scale != AugmentConfig().crop_scale:
-            idle.append("augment.crop_scale")
+        # What a field belongs to may be off, or not be there.
+        for section, names, belongs_to in (
+            ("augment", ["crop_scale"], self.augment.random_resized_crop),
+            ("augment", ["randaugment_magnitude", "randaugment_std"], self.augment.randaugment_layers),
+            ("warm_start", ["images"], self.warm_start.source),
+            ("distillation", ["temperature"], self.distillation.soft_labels),
+        ):
+            given, unset = getattr(self, section), _SECTIONS[section]()
+            changed = [name for name in names if getattr(given, name) != getattr(unset, name)]
+            idle += [f"{section}.{name}" for name in changed if not belongs_to]
+        if not self.data.validation_fraction and self.eval_every != RunConfig.eval_every:
+            idle.append("eval_every")
         return idle
 
     def num_steps(self, info: DatasetInfo) -> int:

@@ -31,7 +31,8 @@ class OptimizerConfig:
       epsilon: AdamW's floor under the root of the second moment.
       momentum: SGD's momentum.
       nesterov: whether SGD's momentum is Nesterov's.
-      clip_norm: bound on the gradient's global L2 norm; 0 does not clip.
+      clip_norm: bound on the gradient's global L2 norm; 0 does not clip. It acts first, so it does not bound
+        what adder_local_rate makes of the templates' gradients.
       adder_multiplier: learning-rate multiplier of adder templates. None derives it. Adam moves every weight
         by about the learning rate whatever the gradient's scale, so a weight's relative step is the rate
         over the weight's deviation: 1/sqrt(fan_in) in a dense layer, 1 in N(0, 1) templates. The multiplier
@@ -230,6 +231,10 @@ def idle_fields(config: OptimizerConfig, params: Any) -> list[str]:
     idle = {"adamw": ["momentum", "nesterov"], "sgd": ["beta1", "beta2", "epsilon"]}[config.name]
     if not has_templates(params):
         idle += ["adder_multiplier", "adder_local_rate", "decay_adder"]
+    elif not config.weight_decay:
+        idle += ["decay_adder"]
+    if not config.weight_decay:
+        idle += ["decay_rest"]
     unset = OptimizerConfig()
     return [f"optimizer.{name}" for name in idle if getattr(config, name) != getattr(unset, name)]
 

@@ -25,7 +25,7 @@ _SAME_WITHIN = 0.2
 
 
 class Preempted(SystemExit):
-    """The run was told to stop and has saved; uncaught, it ends the process with `EXIT_CODE`.
+    """The run was told to stop and has saved what it had; uncaught, it ends the process with `EXIT_CODE`.
 
     Like KeyboardInterrupt, which it replaces, it is no Exception.
     """
@@ -42,10 +42,14 @@ class StopSignals:
     started meanwhile have both signals blocked: a Ctrl-C reaches the terminal's whole process group, and
     without data workers the update at hand could not be finished. Entered outside the main thread, which
     alone may set handlers, it does nothing.
+
+    It is entered before anything is computed: an exception out of a signal's handler, as KeyboardInterrupt,
+    would come into the compiler's own code.
     """
 
     def __init__(self):
         self._received = 0
+        self._updating = False
         self._agreed = 0
         self._previous: dict[int, object] = {}
         self._watcher: threading.Thread | None = None
@@ -92,9 +96,21 @@ class StopSignals:
         With several processes every one must ask after every update; they answer together every few updates,
         and where one was told to stop, all stop.
         """
+        self._updating = True
         if jax.process_count() == 1 or step % _AGREE_EVERY == 0:
             self._agree()
         return self._agreed != 0
+
+    def stop_before_the_first(self) -> None:
+        """Ends a run that was told to stop, and has computed no update yet; of several processes, none alone.
+
+        Raises:
+          Preempted: a signal came, and there is one process.
+        """
+        if self._received and jax.process_count() == 1:
+            name = signal.Signals(self._received).name
+            _say(f"Stopped by {name} before the first update; the same command begins there\n")
+            raise Preempted
 
     def _agree(self) -> None:
         self._agreed = self._received
@@ -126,7 +142,10 @@ class StopSignals:
                     os._exit(128 + number)
                 self._received, first = number, now
                 name = signal.Signals(number).name
-                _say(f"\n{name}: finishing this step and saving; a second signal exits at once\n")
+                told = (
+                    "finishing this step and saving" if self._updating else "stopping before the first step"
+                )
+                _say(f"\n{name}: {told}; a second signal exits at once\n")
 
 
 def _leave_to_watcher(number, frame) -> None:

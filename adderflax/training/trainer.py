@@ -187,7 +187,7 @@ def train(
         another process, holds another run, one of another data set than is here today, one that has left
         out more updates than are allowed, or figures without checkpoints, or all its checkpoints are damaged.
       DivergenceError: the loss, the gradient or the parameters became infinite or NaN.
-      adderflax.training.preemption.Preempted: SIGTERM or SIGINT came; the last update is saved.
+      adderflax.training.preemption.Preempted: SIGTERM or SIGINT came; the last update is saved, if any.
     """
     started = time.monotonic()
     run = RunConfig.parse(config)
@@ -215,7 +215,10 @@ def train(
         if not begun:
             with as_config_error():
                 inheritance.require_source(run.warm_start)
+        stopping = held.enter_context(contextlib.ExitStack())
+        signals = stopping.enter_context(StopSignals())
         trainer = Trainer(config)
+        signals.stop_before_the_first()
         if begun:
             _require_same_data(workdir, trainer.dataset.info)
         total = trainer.total_steps
@@ -224,6 +227,7 @@ def train(
         batches = held.enter_context(contextlib.closing(trainer.train_batches()))
         # The last thing that can refuse a new run: nothing is written before.
         state = None if begun else trainer.new_state()
+        signals.stop_before_the_first()
         checkpointer = held.enter_context(Checkpointer(workdir, keep_latest=run.keep_checkpoints))
         first = checkpointer.latest_step or 0
         if first > total:
@@ -264,7 +268,8 @@ def train(
             steps = profiling.profiled(range(first + 1, total + 1), profile_steps, workdir)
             # Closed here: the traceback of what ends the loop would keep the trace open.
             with contextlib.closing(steps):
-                state = _update(trainer, state, batches, steps, log, checkpointer, workdir)
+                state = _update(trainer, state, batches, steps, log, checkpointer, workdir, signals)
+        stopping.close()
         summary = trainer.evaluate(state.evaluated_variables, "test") | {
             "steps": total,
             "best_step": checkpointer.best_step,
@@ -299,32 +304,32 @@ def _update(
     log: StepLog,
     checkpointer: Checkpointer,
     workdir: Path,
+    signals: StopSignals,
 ) -> TrainState:
     """The loop: one update for each of `steps`, evaluating and saving where it is due."""
     run = trainer.config
     try:
-        with StopSignals() as signals:
-            for step in steps:
-                batch = next(batches)
-                state, metrics = trainer.train_step(state, sharding.put_batch(batch, trainer.mesh))
-                log.push(step, metrics, batch)
-                last, stops = step == trainer.total_steps, signals.should_stop(step)
-                evaluates = trainer.dataset.validation is not None and (last or step % run.eval_every == 0)
-                if not (evaluates or last or stops) and step % run.checkpoint_every:
-                    continue
-                # Nothing that is not finite is ever saved: this raises first.
-                log.flush()
-                with log.paused():
-                    scores = trainer.evaluate(state.evaluated_variables, "validation") if evaluates else None
-                    if scores:
-                        log.write_scores(step, scores)
-                        log.note(_line(step, scores))
-                    checkpointer.save(step, state, batches, scores)
-                if stops:
-                    checkpointer.wait()
-                    signals.stop(step, log.note)
-            # A signal does not cut the last save short either.
-            checkpointer.wait()
+        for step in steps:
+            batch = next(batches)
+            state, metrics = trainer.train_step(state, sharding.put_batch(batch, trainer.mesh))
+            log.push(step, metrics, batch)
+            last, stops = step == trainer.total_steps, signals.should_stop(step)
+            evaluates = trainer.dataset.validation is not None and (last or step % run.eval_every == 0)
+            if not (evaluates or last or stops) and step % run.checkpoint_every:
+                continue
+            # Nothing that is not finite is ever saved: this raises first.
+            log.flush()
+            with log.paused():
+                scores = trainer.evaluate(state.evaluated_variables, "validation") if evaluates else None
+                if scores:
+                    log.write_scores(step, scores)
+                    log.note(_line(step, scores))
+                checkpointer.save(step, state, batches, scores)
+            if stops:
+                checkpointer.wait()
+                signals.stop(step, log.note)
+        # A signal does not cut the last save short either.
+        checkpointer.wait()
     except DivergenceError as error:
         raise divergence.explain(error, workdir, lambda batch: trainer.find_culprit(state, batch)) from error
     return state

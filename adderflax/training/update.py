@@ -1,6 +1,7 @@
 """One update as a run's configuration describes it: optimizer, augmentation and compiled step."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from adderflax.data import DatasetInfo, augment_batch
-from adderflax.training.config import RunConfig
+from adderflax.training.config import ConfigError, RunConfig
 from adderflax.training.distillation import Teacher
 from adderflax.training.optimizer import make_optimizer
 from adderflax.training.state import make_train_step
@@ -41,9 +42,15 @@ def configured_update(
     *,
     teacher: Teacher | None = None,
 ) -> Update:
-    """The update of a run of so many steps, on images that `info` describes."""
+    """The update of a run of so many steps, on images that `info` describes.
+
+    Raises:
+      ConfigError: `anneal_fraction` is set, and the model takes no exponent.
+    """
     optimizer, schedule = make_optimizer(run.optimizer, total_steps)
     augment = functools.partial(augment_batch, config=run.augment, info=info)
+    if run.anneal_fraction:
+        _require_exponent(model, run.anneal_fraction)
     anneal_steps = math.ceil(run.anneal_fraction * total_steps)
     step = make_train_step(
         model,
@@ -58,3 +65,12 @@ def configured_update(
         mesh=mesh,
     )
     return Update(step, optimizer, augment, anneal_steps)
+
+
+def _require_exponent(model: nn.Module, anneal_fraction: float) -> None:
+    takes = inspect.signature(type(model).__call__).parameters
+    if "p" not in takes and not any(found.kind is found.VAR_KEYWORD for found in takes.values()):
+        raise ConfigError(
+            f"anneal_fraction={anneal_fraction} gives the model an exponent, p, and {type(model).__name__}"
+            " takes none: let its __call__ take p=1.0, for its adder layers, or set anneal_fraction=0."
+        )

@@ -113,6 +113,31 @@ def test_layers_and_models_take_it():
     assert hash(EncoderConfig(grad_key=smooth)) != hash(EncoderConfig())
 
 
+def test_a_rule_may_be_named(tmp_path, monkeypatch):
+    (tmp_path / "rules_of_mine.py").write_text(
+        "import jax.numpy as jnp\n\ndef smooth(d):\n    return jnp.tanh(d)\n\nslope = 2.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rule = canonical_rule("rules_of_mine:smooth", "grad_x")
+    assert rule.kind is canonical_rule("rules_of_mine:smooth", "grad_x").kind
+    x, w = normal(0, 4, 9), normal(1, 9, 5)
+    found, wanted = (
+        jax.grad(lambda x, rule=rule: adder_matmul(x, w, grad_x=rule).sum())(x)
+        for rule in ("rules_of_mine:smooth", jnp.tanh)
+    )
+    np.testing.assert_array_equal(found, wanted)
+    assert EncoderConfig(grad_key="rules_of_mine:smooth").grad_key == "rules_of_mine:smooth"
+    for name, told in (
+        ("rules_of_mine:rough", "module 'rules_of_mine' has no attribute 'rough'. It names a function"),
+        ("rules_of_nobody:smooth", "No module named 'rules_of_nobody'. .* put the module's directory on"),
+        ("rules_of_mine:slope", "is no function, but 2.0"),
+        (":smooth", "Empty module name"),
+        ("hardtan:4", "No module named 'hardtan'"),
+    ):
+        with pytest.raises(ValueError, match=f"grad_x: the gradient rule '{name}' .*{told}"):
+            canonical_rule(name, "grad_x")
+
+
 class Unhashable:
     __hash__ = None
 

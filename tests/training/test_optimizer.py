@@ -144,6 +144,9 @@ def test_fields_that_have_nothing_to_act_on_are_named():
     assert idle_fields(OptimizerConfig(), params) == []
     assert idle_fields(OptimizerConfig(adder_multiplier=0.0), params) == named[:1]
     assert idle_fields(idle, PARAMS) == []
+    decays = OptimizerConfig(weight_decay=0.0, decay_adder=True, decay_rest=True)
+    assert idle_fields(decays, PARAMS) == ["optimizer.decay_adder", "optimizer.decay_rest"]
+    assert idle_fields(decays, params) == ["optimizer.decay_adder", "optimizer.decay_rest"]
     assert idle_fields(OptimizerConfig(nesterov=True, beta1=0.8), PARAMS) == ["optimizer.nesterov"]
     assert idle_fields(OptimizerConfig(name="sgd", nesterov=True, beta1=0.8), PARAMS) == ["optimizer.beta1"]
 

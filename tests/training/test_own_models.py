@@ -3,21 +3,25 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
-from adderflax import energy
-from adderflax.data import load_dataset
+from adderflax import VisionTransformerConfig, energy
+from adderflax.data import DataConfig, load_dataset
 from adderflax.models import families
 from adderflax.training import config as config_lib
 from adderflax.training import trainer
 from adderflax.training.command_line import load_config
 from adderflax.training.restore import load_model
+from adderflax.training.sharding import make_mesh
 from adderflax.training.state import training_loss
+from adderflax.training.update import configured_update
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -84,3 +88,28 @@ def test_dropout_is_drawn_anew_for_each_update(config_file):
         for seed in (2, 2, 3)
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_model_that_takes_no_exponent_cannot_be_annealed():
+    class Plain(nn.Module):
+        config: VisionTransformerConfig = VisionTransformerConfig()
+
+        @nn.compact
+        def __call__(self, images, train=False):
+            return images
+
+    class Willing(Plain):
+        @nn.compact
+        def __call__(self, images, **others):
+            return images
+
+    info = load_dataset(DataConfig(name="digits")).info
+    config = config_lib.default_config()
+    for fraction, model, refused in ((0.5, Plain(), True), (0.0, Plain(), False), (0.5, Willing(), False)):
+        config.anneal_fraction = fraction
+        with (
+            pytest.raises(config_lib.ConfigError, match="=0.5 .* and Plain takes none: let")
+            if refused
+            else nullcontext()
+        ):
+            configured_update(config_lib.RunConfig.parse(config), model, info, make_mesh(), 10)

@@ -264,6 +264,27 @@ def test_handlers_are_put_back(request):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
+@pytest.mark.parametrize("method", ["__init__", "new_state"])
+def test_a_signal_before_the_first_update_ends_the_run(method, tmp_path, monkeypatch, capfd, request):
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    computed = getattr(Trainer, method)
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # where KeyboardInterrupt would be raised
+        return computed(self, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(preemption.Preempted) as caught:
+        patched.setattr(Trainer, method, interrupted)
+        train(tiny_config(), tmp_path / "run", progress=False)
+    assert caught.value.code == 75
+    told = "\nSIGINT: stopping before the first step; a second signal exits at once\n"
+    assert told + "Stopped by SIGINT before the first update" in capfd.readouterr().err
+    assert not workdir_lib.has_checkpoints(tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def _hold(workdir, ready):
     """A writer with a worker of the kind that inherits everything."""
     with workdir_lib.writing(workdir):
