@@ -33,7 +33,10 @@ from adderflax.training.steplog import DivergenceError
 from adderflax.training.workdir import FREE_FIELDS, differing_fields, flatten, has_checkpoints, read_info
 
 # Where the data lies and how a machine computes is no part of what a run is.
-_MACHINE_FIELDS = FREE_FIELDS - {"eval_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite_steps"}
+_MACHINE_FIELDS = FREE_FIELDS - {
+    *("eval_every", "checkpoint_every", "keep_checkpoints", "skip_nonfinite_steps"),
+    "distillation.teacher",
+}
 
 
 class StudyError(RuntimeError):

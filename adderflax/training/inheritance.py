@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 from adderflax.data import DataConfig, Dataset, DatasetInfo, evaluation_batches, normalize_batch
@@ -53,6 +55,23 @@ def load_teacher(config: DistillationConfig) -> Teacher | None:
             f" another run. {error}"
         ) from error
     return Teacher(model, variables, config)
+
+
+def digest(teacher: Teacher | None) -> str | None:
+    """What tells a teacher's weights from others', or None without a teacher.
+
+    None also where this process does not hold all of them, as on several hosts.
+    """
+    if teacher is None:
+        return None
+    leaves = jax.tree_util.tree_leaves_with_path(teacher.variables)
+    if not all(leaf.is_fully_addressable for _, leaf in leaves):
+        return None
+    found = hashlib.sha256()
+    for path, leaf in leaves:
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def require_pupil(teacher: Teacher | None, info: DatasetInfo, student: nn.Module) -> None:

@@ -77,3 +77,9 @@ def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return lines
+
+
+def last_speed(workdir: str | Path) -> float | None:
+    """The throughput that was logged last, images a second, or None."""
+    speeds = [line["images_per_second"] for line in read_metrics(workdir) if "images_per_second" in line]
+    return speeds[-1] if speeds else None

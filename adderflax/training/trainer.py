@@ -16,7 +16,7 @@ from adderflax.training import distributed, divergence, environment, inheritance
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
 from adderflax.training.config import RunConfig, as_config_error, default_config
-from adderflax.training.metrics import MetricsWriter, read_metrics
+from adderflax.training.metrics import MetricsWriter, last_speed
 from adderflax.training.preemption import StopSignals
 from adderflax.training.restore import (
     config_here,
@@ -45,6 +45,7 @@ class Trainer:
       model: the Linen module.
       total_steps: number of updates of the whole run.
       mesh: the devices of all processes.
+      teacher_digest: of the teacher's weights, if there is a teacher (`inheritance.digest`).
     """
 
     def __init__(self, config: ConfigDict | dict[str, Any]):
@@ -60,6 +61,7 @@ class Trainer:
             self.mesh = sharding.make_mesh(config=self.config.mesh)
             # What is not there is refused before data is read, which may mean downloading it.
             self._teacher = inheritance.load_teacher(self.config.distillation)
+            self.teacher_digest = inheritance.digest(self._teacher)
             self.dataset = distributed.first_process_first(
                 lambda: data_lib.load_dataset(self.config.data), "load_dataset"
             )
@@ -220,7 +222,7 @@ def train(
         trainer = Trainer(config)
         signals.stop_before_the_first()
         if begun:
-            _require_same_data(workdir, trainer.dataset.info)
+            _require_same_sources(workdir, trainer)
         total = trainer.total_steps
         # Kernels that XLA cannot partition by itself need to know the mesh.
         held.enter_context(jax.set_mesh(trainer.mesh))
@@ -248,6 +250,8 @@ def train(
         if first_process:
             workdir_lib.write_info(workdir, trainer.dataset.info)
             workdir_lib.write_config(workdir, plain)
+            if trainer.teacher_digest is not None:
+                workdir_lib.write_teacher(workdir, trainer.teacher_digest)
         environment.record_start(workdir, first)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{parameters:,} parameters, steps {first} to {total}, workdir {workdir}", flush=True)
@@ -274,7 +278,7 @@ def train(
             "steps": total,
             "best_step": checkpointer.best_step,
             "parameters": parameters,
-            "images_per_second": log.images_per_second or _last_speed(workdir),
+            "images_per_second": log.images_per_second or last_speed(workdir),
             "seconds": time.monotonic() - started,
             "devices": [device.device_kind for device in jax.devices()],
             "config": plain,
@@ -367,7 +371,7 @@ def evaluate(
         load_model(workdir, best=True)  # tells why there is none, before data is read
     # A teacher is needed no more.
     trainer = Trainer(described | {"distillation": {}})
-    _require_same_data(workdir, trainer.dataset.info)
+    _require_same_sources(workdir, trainer)
     with jax.set_mesh(trainer.mesh), Checkpointer(workdir, read_only=True) as checkpointer:
         step = checkpointer.best_step if best else checkpointer.latest_step
         if step is None:  # a file of weights, or nothing to evaluate
@@ -378,25 +382,21 @@ def evaluate(
         return {"steps": int(state.step)} | figures
 
 
-def _require_same_data(workdir: Path, info: data_lib.DatasetInfo) -> None:
-    """As the function of that name, in the first process, whose verdict is that of all."""
+def _require_same_sources(workdir: Path, trainer: Trainer) -> None:
+    """Data and teacher are those of the workdir's run; the first process's verdict is that of all."""
 
     def compare():
         if jax.process_index() == 0:
-            workdir_lib.require_same_data(workdir, info)
+            workdir_lib.require_same_data(workdir, trainer.dataset.info)
+            if trainer.teacher_digest is not None:
+                workdir_lib.require_same_teacher(workdir, trainer.teacher_digest)
 
-    distributed.first_process_first(compare, "require_same_data")
+    distributed.first_process_first(compare, "require_same_sources")
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """What the fields had, in effect, in a run that is older than they are."""
     return default_config(config["model"]["arithmetic"]).to_dict()
-
-
-def _last_speed(workdir: Path) -> float | None:
-    """The throughput that was logged last, for a process that had no update left to time."""
-    speeds = [line["images_per_second"] for line in read_metrics(workdir) if "images_per_second" in line]
-    return speeds[-1] if speeds else None
 
 
 def _line(step: int, figures: dict[str, Any]) -> str:

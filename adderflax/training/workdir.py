@@ -21,7 +21,8 @@ from adderflax.files import write_whole
 INTEGERS = "integers.json"
 # What may differ between the run that began a workdir and the one that goes on in it: where the data lies,
 # how fast it is read, how often figures are written, how much divergence is borne (the trainer sees to it
-# that no less is than there was). Everything else changes what is computed.
+# that no less is than there was), and where the teacher lies, whose weights are told apart by themselves.
+# Everything else changes what is computed.
 FREE_FIELDS = {
     "data.data_dir",
     "data.workers",
@@ -31,6 +32,7 @@ FREE_FIELDS = {
     "checkpoint_every",
     "keep_checkpoints",
     "skip_nonfinite_steps",
+    "distillation.teacher",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -251,6 +253,23 @@ def require_same_data(workdir: str | Path, info: DatasetInfo) -> None:
             f"The run in {Path(workdir).absolute()} has learned from another data set than {info.name!r} is"
             f" here today: {told}. Put back the data, give its directory as data.data_dir, or choose another"
             " directory with --workdir."
+        )
+
+
+def write_teacher(workdir: Path, digest: str) -> None:
+    """Stores by which weights a run is taught, in ``teacher.json``."""
+    _write_json(workdir / "teacher.json", {"sha256": digest})
+
+
+def require_same_teacher(workdir: str | Path, digest: str) -> None:
+    """Raises WorkdirError if the workdir's run says that it was taught by other weights than these."""
+    if not (Path(workdir) / "teacher.json").exists():  # begun before this was stored
+        return
+    if _read_json(workdir, "teacher.json").get("sha256") != digest:
+        raise WorkdirError(
+            f"The run in {Path(workdir).absolute()} was taught by another model than distillation.teacher"
+            " names today: its weights differ. Put the teacher back, name the directory where it lies now, or"
+            " choose another directory with --workdir."
         )
 
 

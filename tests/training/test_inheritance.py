@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -17,6 +18,7 @@ from adderflax.training.distillation import DistillationConfig, Outputs, distill
 from adderflax.training.inheritance import inherited_params, load_teacher, require_pupil
 from adderflax.training.restore import load_model
 from adderflax.training.trainer import Trainer, train
+from adderflax.training.workdir import WorkdirError, require_same_teacher
 
 
 def small_config(arithmetic="adder", **fields):
@@ -210,3 +212,28 @@ def test_a_run_that_has_ended_needs_its_teacher_and_its_data_no_more(twin, tmp_p
     # What is left to do is still done with it.
     with pytest.raises(ConfigError, match="distillation.teacher=.* cannot be loaded"):
         train(small_config(**teacher, total_steps=2), tmp_path / "run", extend=True, progress=False)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_a_teacher_may_move_but_not_change(twin, tmp_path):
+    """By what it knows, not by where it lies."""
+    taught, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(twin, moved)
+    train(small_config("multiply", seed=1), other, progress=False)
+
+    def run(teacher, **fields):
+        config = small_config(
+            **{"distillation.soft_labels": 0.5, "distillation.teacher": str(teacher)} | fields
+        )
+        return train(config, taught, extend=True, progress=False)
+
+    run(twin)
+    with pytest.raises(
+        WorkdirError, match="was taught by another model than distillation.teacher names today"
+    ):
+        run(other, total_steps=3)
+    assert run(moved, total_steps=3)["steps"] == 3
+    assert json.loads((taught / "config.json").read_text())["distillation"]["teacher"] == str(moved)
+    # One that was begun before weights were told apart goes on.
+    (taught / "teacher.json").unlink()
+    require_same_teacher(taught, "anything")
