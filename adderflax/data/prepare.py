@@ -171,6 +171,8 @@ def _prepare(name: str, data_dir: str | None, folder: str | None) -> tuple[tfds.
             told += f"; {found.left_out} files that no image format ends in were left out"
         if {"test", "validation"} <= set(found.splits):
             told += "; its validation split is not read, validation images are cut from train"
+        if not {"test", "validation"} & set(found.splits):
+            told += "; a fixed fifth of them is the test part of every run"
         return builder, told
     builder = tfds.builder(name, data_dir=data_dir)
     if not is_prepared(builder) and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:

@@ -153,7 +153,7 @@ def test_what_is_stored_is_read_without_loss(tmp_path, root, monkeypatch):
     assert re.search(
         r"two_kinds is ready in .* images of 2 classes, for a run with '--config.data.mean=", told
     )
-    assert " train 8" in told and " test 1" in told
+    assert " train 8" in told and " test 1" in told and "fixed fifth" not in told
     own = {"mean": (0.25, 0.5, 0.75), "std": (0.5, 0.5, 0.25)}
     dataset = load_dataset(DataConfig(name="two_kinds", data_dir=str(sets), validation_fraction=0.0, **own))
     info = dataset.info
@@ -165,10 +165,12 @@ def test_what_is_stored_is_read_without_loss(tmp_path, root, monkeypatch):
     assert len(dataset.test) == 1 and dataset.test[0]["label"] == 0
     np.testing.assert_array_equal(dataset.test[0]["image"], test)
 
+    whole = prepare(root, "one_part", f"--folder={folder / 'train'}", f"--data_dir={sets}")
+    assert whole.returncode == 0 and "a fixed fifth of them is the test part of every run" in whole.stdout
     again = prepare(root, "two_kinds", f"--folder={folder}", f"--data_dir={sets}")
     assert again.returncode == 1 and "a set 'two_kinds' is there already: choose another name" in again.stderr
     with pytest.raises(
-        ValueError, match="no image set called 'two_kind'. Did you mean two_kinds.* holds two_kinds"
+        ValueError, match="no image set called 'two_kind'. Did you mean two_kinds.* holds one_part, two_kinds"
     ):
         load_dataset(DataConfig(name="two_kind", data_dir=str(sets)))
     # A directory of the set's own name is not in its way.
