@@ -339,45 +339,50 @@ inline uint32_t at_least(Vector a, Vector b) {
 }
 
 // A sum d of |a - b| was found as 2 sum max(a, b) - sum a - sum b: of each lane, whether it is as exact as one of
-// differences is. It is not where it is small beside the sums of a and b, or not finite.
-inline uint32_t exact(Vector d, Vector row_sum, Vector column_sum) {
-  d = magnitude(d);
-  return at_least(d * 4.0f, magnitude(row_sum) + magnitude(column_sum)) & at_least(Vector{} + FLT_MAX, d);
+// differences is. What is rounded on the way is no larger than the sums of |a| and |b|, so it is not where d is
+// small beside these, or not finite.
+inline uint32_t exact(Vector d, Vector row_size, Vector column_size) {
+  return at_least(d * 4.0f, row_size + column_size) & at_least(Vector{} + FLT_MAX, d);
 }
 
 // Puts sums of differences where the others are not exact. Of each sum its own row and column decide, so that it
 // does not depend on its tile.
 template <int vectors, int kRows>
 __attribute__((noinline)) void replace(const float* const (&a_rows)[kRows], const float* panel, int64_t terms,
-                                       const Vector (&row_sums)[kRows], const float* column_sums,
+                                       const Vector (&row_sizes)[kRows], const float* column_sizes,
                                        Vector (&sums)[kRows][vectors]) {
   const Vector none[kRows][vectors] = {};
   Vector again[kRows][vectors] = {};
   add_terms<Term::kForward, vectors, false>(a_rows, 1, panel, terms, none, 0.0f, again);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < vectors; ++j) {
-      const uint32_t kept = exact(sums[i][j], row_sums[i], load(column_sums + j * kLanes));
+      const uint32_t kept = exact(sums[i][j], row_sizes[i], load(column_sizes + j * kLanes));
       for (int lane = 0; lane < kLanes; ++lane)
         if (!(kept >> lane & 1)) sums[i][j][lane] = again[i][j][lane];
     }
 }
 
-// Turns sums of max(a, b) into those of |a - b|.
+// Turns sums of max(a, b) into those of |a - b|; `column_sums` has the sums of b, then those of |b|.
 template <int vectors, int kRows>
 inline __attribute__((always_inline)) void to_distances(const float* const (&a_rows)[kRows], const float* panel,
                                                         int64_t terms, const float* column_sums,
                                                         Vector (&sums)[kRows][vectors]) {
   constexpr uint32_t kAll = (1u << kLanes) - 1;
+  const float* column_sizes = column_sums + vectors * kLanes;
   uint32_t all = kAll;
-  Vector row_sums[kRows];
+  Vector row_sizes[kRows];
   for (int i = 0; i < kRows; ++i) {
-    Vector row = {};
-    for (int64_t t = 0; t < terms; t += kLanes) row += load_first(a_rows[i] + t, terms - t);
-    row_sums[i] = Vector{} + total(row);
+    Vector row = {}, size = {};
+    for (int64_t t = 0; t < terms; t += kLanes) {
+      const Vector a = load_first(a_rows[i] + t, terms - t);
+      row += a;
+      size += magnitude(a);
+    }
+    const Vector row_sum = Vector{} + total(row);
+    row_sizes[i] = Vector{} + total(size);
     for (int j = 0; j < vectors; ++j) {
-      const Vector column_sum = load(column_sums + j * kLanes);
-      sums[i][j] = sums[i][j] * 2.0f - (row_sums[i] + column_sum);
-      all &= exact(sums[i][j], row_sums[i], column_sum);
+      sums[i][j] = sums[i][j] * 2.0f - (row_sum + load(column_sums + j * kLanes));
+      all &= exact(sums[i][j], row_sizes[i], load(column_sizes + j * kLanes));
     }
   }
   if (all == kAll) return;
@@ -385,7 +390,7 @@ inline __attribute__((always_inline)) void to_distances(const float* const (&a_r
   Vector copy[kRows][vectors];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < vectors; ++j) copy[i][j] = sums[i][j];
-  replace<vectors>(a_rows, panel, terms, row_sums, column_sums, copy);
+  replace<vectors>(a_rows, panel, terms, row_sizes, column_sizes, copy);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < vectors; ++j) sums[i][j] = copy[i][j];
 }
@@ -396,7 +401,7 @@ struct Panel {
   const float* columns;  // [terms, width]
   int64_t terms;
   bool finite;        // whether what H is subtracted from is known to be
-  const float* sums;  // of each column, where maxima are summed
+  const float* sums;  // of each column, and then of its magnitudes, where maxima are summed
 };
 
 // Adds the terms of a panel to a tile of the result, or sets it to their sum.
@@ -420,7 +425,7 @@ void tile(const float* a, int64_t a_row, int64_t a_term, const Panel& panel, con
     }
   }
   // Two forms in one function cost registers.
-  if (kClipsAtOnce && is_gradient(term) && panel.finite && is_finite(finite))
+  if (kClipsAtOnce && (term == Term::kHardtanhA || term == Term::kHardtanhB) && panel.finite && is_finite(finite))
     add_terms<term, vectors, true>(a_rows, a_term, panel.columns, panel.terms, held, limit, sums);
   else
     add_terms<term, vectors, false>(a_rows, a_term, panel.columns, panel.terms, held, limit, sums);
@@ -448,7 +453,7 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
   const float* h = is_gradient(term) ? f.h + batch * n.rows * n.columns + first : nullptr;
   float* out = f.out + batch * n.rows * n.columns + first;
   const int64_t a_row = f.a_transposed ? 1 : n.terms, a_term = f.a_transposed ? n.rows : 1;
-  float* panel = workspace<float>(std::min(kMostTerms, n.terms) * kWidth + kWidth);
+  float* panel = workspace<float>(std::min(kMostTerms, n.terms) * kWidth + 2 * kWidth);
   for (int64_t t = 0; t < n.terms; t += kMostTerms) {
     const int64_t terms = std::min(kMostTerms, n.terms - t);
     float* sums = panel + terms * kWidth;
@@ -459,9 +464,14 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
       for (int64_t i = 0; i < terms; ++i) finite &= are_finite(a + (t + i) * a_term + start, end - start);
     if (term == Term::kMaximum) {
       for (int j = 0; j < vectors; ++j) {
-        Vector column = {};
-        for (int64_t i = 0; i < terms; ++i) column += load(panel + i * kWidth + j * kLanes);
+        Vector column = {}, size = {};
+        for (int64_t i = 0; i < terms; ++i) {
+          const Vector b = load(panel + i * kWidth + j * kLanes);
+          column += b;
+          size += magnitude(b);
+        }
         store(sums + j * kLanes, column);
+        store(sums + kWidth + j * kLanes, size);
       }
     }
     for (int64_t m = start; m < end; m += kRows)

@@ -96,6 +96,20 @@ def test_sums_are_as_exact_where_operands_lie_far_from_zero(instructions, offset
     assert found[9, 11] == 0.0
 
 
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("k", [20, 64, 512])
+def test_sums_are_as_exact_where_operands_sum_to_nothing(instructions, size, k):
+    """Their own sums say nothing of how large the maxima's are."""
+    x, y, _ = operands(50, k, 70)
+    halves = np.float32(size) * np.repeat([1.0, -1.0], k // 2).astype(np.float32)
+    x, y = x - x.mean(axis=1, keepdims=True) + halves, y - y.mean(axis=0) + halves[:, None]
+    y[:, :50] = x.T + 1e-4 * y[:, :50]  # neighbors, as features of one layer are
+    x[9], y[:, 3] = y[:, 11], x[3]
+    found, (expected, _) = np.asarray(jax.jit(lambda x, y: _cpu.forward(x, y))(x, y)), reference.forward(x, y)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found[9, 11] == found[3, 3] == 0.0 and found.max() == 0.0
+
+
 def test_sums_that_leave_the_range(instructions):
     x, y, _ = operands(20, 400, 40)
     x, y = np.sign(x) * np.float32(1e36), np.sign(y) * np.float32(1e36)
