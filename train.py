@@ -8,7 +8,8 @@ SIGTERM and SIGINT (Ctrl-C) finish the update at hand, save it and exit; the sam
 Before the first update there is nothing to save.
 A training whose output nobody reads any more, as behind `| head`, goes on.
 Exit codes: 0 finished; 1 an error, told in one paragraph; 75 (EX_TEMPFAIL) stopped by a signal, saved; 128
-plus the signal's number: a second signal came before that, and the last checkpoint is where the run goes on.
+plus the signal's number: a second signal came before that, or a first one where nothing was being trained:
+the last checkpoint is where the run goes on.
 """
 
 import json
@@ -143,5 +144,5 @@ if __name__ == "__main__":
     with pipes.reader_may_leave():
         try:
             app.run(main, flags_parser=_parse_flags)
-        except KeyboardInterrupt:  # before the run has begun, or after its last update
+        except KeyboardInterrupt:  # where nothing is being trained: data is read, or evaluated
             sys.exit(130)

@@ -188,8 +188,9 @@ def told(accumulator: LayerSums | Scores) -> dict[str, int]:
 
 
 def width(lowest: int, highest: int) -> int:
-    """Bits of a two's complement integer that holds both ends of a range around 0."""
-    return max((-lowest - 1).bit_length(), highest.bit_length()) + 1
+    """Bits of a two's complement integer that holds both ends of a range."""
+    magnitudes = (~end if end < 0 else end for end in (lowest, highest))
+    return max(magnitude.bit_length() for magnitude in magnitudes) + 1
 
 
 def _limits(bits: int) -> tuple[int, int]:

@@ -51,8 +51,7 @@ from adderflax.training.config import RunConfig
 from adderflax.training.restore import (
     config_here,
     data_from,
-    load_model,
-    loaded_step,
+    load_step,
     unflatten_variables,
 )
 from adderflax.training.workdir import (
@@ -109,7 +108,7 @@ def export_workdir(
     directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory; choose another to write to.")
-    model, variables, info = load_model(workdir, best=best)
+    model, variables, info, step = load_step(workdir, best=best)
     data = RunConfig.parse(data_from(read_config(workdir), data_dir)).data
     dataset = load_dataset(data)
     if calibration is None:
@@ -152,7 +151,7 @@ def export_workdir(
             )
         whole = integer_only_model(integers, images, info) if integer_only else None
         here = environment.describe()
-        figures = {"integer_only": integer_only, "step": loaded_step(workdir, best=best)}
+        figures = {"integer_only": integer_only, "step": step}
         figures |= {"calibration_images": calibration} | {
             name: here[name] for name in ("adderflax", "commit")
         }

@@ -284,7 +284,7 @@ def command(check: Callable[[Path], int], description: str) -> int:
     directory = parser.parse_args().directory
     try:
         return check(directory)
-    except (OSError, KeyError, json.JSONDecodeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, json.JSONDecodeError, zipfile.BadZipFile) as error:
         told = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
         print(f"error: {directory} {told}. Export the run again.", file=sys.stderr)
         return 2

@@ -170,6 +170,11 @@ def warm_start_layer(
       ValueError: the layer has no normalization, features are in groups but not depthwise, or the shapes do
         not fit; the message says which.
     """
+    if "kernel" not in params:
+        raise ValueError(
+            f"params has {', '.join(map(repr, params))}, but needs 'kernel', and 'bias' where there is one:"
+            " the parameters of the trained layer alone."
+        )
     kernel = jnp.asarray(params["kernel"], jnp.float32)
     inputs = jnp.asarray(inputs, jnp.float32)
     if layer.normalization != "layer":

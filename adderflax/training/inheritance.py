@@ -60,12 +60,12 @@ def load_teacher(config: DistillationConfig) -> Teacher | None:
 def digest(teacher: Teacher | None) -> str | None:
     """What tells a teacher's weights from others', or None without a teacher.
 
-    None also where this process does not hold all of them, as on several hosts.
+    None also where this process does not hold all of them, as where several hosts share them.
     """
     if teacher is None:
         return None
     leaves = jax.tree_util.tree_leaves_with_path(teacher.variables)
-    if not all(leaf.is_fully_addressable for _, leaf in leaves):
+    if not all(leaf.is_fully_addressable or leaf.is_fully_replicated for _, leaf in leaves):
         return None
     found = hashlib.sha256()
     for path, leaf in leaves:

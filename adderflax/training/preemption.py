@@ -43,7 +43,7 @@ class StopSignals:
     without data workers the update at hand could not be finished. Entered outside the main thread, which
     alone may set handlers, it does nothing.
 
-    It is entered before anything is computed: an exception out of a signal's handler, as KeyboardInterrupt,
+    It is entered before anything is compiled: an exception out of a signal's handler, as KeyboardInterrupt,
     would come into the compiler's own code.
     """
 
@@ -96,20 +96,20 @@ class StopSignals:
         With several processes every one must ask after every update; they answer together every few updates,
         and where one was told to stop, all stop.
         """
-        self._updating = True
         if jax.process_count() == 1 or step % _AGREE_EVERY == 0:
             self._agree()
         return self._agreed != 0
 
-    def stop_before_the_first(self) -> None:
-        """Ends a run that was told to stop, and has computed no update yet; of several processes, none alone.
+    def stop_before_updates(self) -> None:
+        """Ends a run that was told to stop, before its next update; one process of several does not.
 
         Raises:
           Preempted: a signal came, and there is one process.
         """
+        self._updating = True
         if self._received and jax.process_count() == 1:
             name = signal.Signals(self._received).name
-            _say(f"Stopped by {name} before the first update; the same command begins there\n")
+            _say(f"Stopped by {name} before an update; the same command begins there\n")
             raise Preempted
 
     def _agree(self) -> None:
@@ -142,9 +142,8 @@ class StopSignals:
                     os._exit(128 + number)
                 self._received, first = number, now
                 name = signal.Signals(number).name
-                told = (
-                    "finishing this step and saving" if self._updating else "stopping before the first step"
-                )
+                early = not self._updating and jax.process_count() == 1
+                told = "stopping before the next step" if early else "finishing this step and saving"
                 _say(f"\n{name}: {told}; a second signal exits at once\n")
 
 

@@ -91,6 +91,14 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
       WorkdirError: the directory holds no run, no checkpoint yet, what does not fit its config.json, an
         export, or a file of weights where `best` asks for a checkpoint.
     """
+    model, variables, info, _ = load_step(workdir, best=best)
+    return model, variables, info
+
+
+def load_step(
+    workdir: str | Path, *, best: bool = False
+) -> tuple[nn.Module, dict[str, Any], DatasetInfo, int | None]:
+    """What `load_model` gives, and the checkpoint's step, or None where it is a file of weights."""
     if workdir_lib.holds_integers(workdir):
         raise workdir_lib.WorkdirError(
             f"{workdir} holds an export, integers that python -m adderflax.predict and"
@@ -107,21 +115,14 @@ def load_model(workdir: str | Path, *, best: bool = False) -> tuple[nn.Module, d
                 f"{workdir} holds one model, {WEIGHTS}, and no checkpoints to choose the best of: leave"
                 " --best out."
             )
-        return model, _read_weights(weights, model), info
+        return model, _read_weights(weights, model), info, None
     # The optimizer's state is part of a checkpoint; its shape does not depend on the number of steps.
     optimizer, _ = make_optimizer(run.optimizer, total_steps=1)
     target = abstract_state(model, optimizer, with_ema=run.ema_decay > 0, mesh=sharding.make_mesh())
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        state = checkpointer.restore_state(target, _step(checkpointer, workdir, best))
-    return model, state.evaluated_variables, info
-
-
-def loaded_step(workdir: str | Path, *, best: bool = False) -> int | None:
-    """The step of the checkpoint that `load_model` loads, or None where that is a file of weights."""
-    if not workdir_lib.has_checkpoints(workdir):
-        return None
-    with Checkpointer(workdir, read_only=True) as checkpointer:
-        return _step(checkpointer, workdir, best)
+        step = _step(checkpointer, workdir, best)
+        state = checkpointer.restore_state(target, step)
+    return model, state.evaluated_variables, info, step
 
 
 def _step(checkpointer: Checkpointer, workdir: str | Path, best: bool) -> int:

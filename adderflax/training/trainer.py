@@ -217,10 +217,10 @@ def train(
         if not begun:
             with as_config_error():
                 inheritance.require_source(run.warm_start)
+        trainer = Trainer(config)
+        # Data is there: whoever interrupts a download means the download.
         stopping = held.enter_context(contextlib.ExitStack())
         signals = stopping.enter_context(StopSignals())
-        trainer = Trainer(config)
-        signals.stop_before_the_first()
         if begun:
             _require_same_sources(workdir, trainer)
         total = trainer.total_steps
@@ -229,7 +229,6 @@ def train(
         batches = held.enter_context(contextlib.closing(trainer.train_batches()))
         # The last thing that can refuse a new run: nothing is written before.
         state = None if begun else trainer.new_state()
-        signals.stop_before_the_first()
         checkpointer = held.enter_context(Checkpointer(workdir, keep_latest=run.keep_checkpoints))
         first = checkpointer.latest_step or 0
         if first > total:
@@ -247,6 +246,7 @@ def train(
                     f" skip_nonfinite_steps={run.skip_nonfinite_steps} allows fewer. Go on with"
                     f" --config.skip_nonfinite_steps={left_out} or more."
                 )
+        signals.stop_before_updates()
         if first_process:
             workdir_lib.write_info(workdir, trainer.dataset.info)
             workdir_lib.write_config(workdir, plain)
@@ -388,8 +388,8 @@ def _require_same_sources(workdir: Path, trainer: Trainer) -> None:
     def compare():
         if jax.process_index() == 0:
             workdir_lib.require_same_data(workdir, trainer.dataset.info)
-            if trainer.teacher_digest is not None:
-                workdir_lib.require_same_teacher(workdir, trainer.teacher_digest)
+            if (teacher := trainer.config.distillation.teacher) is not None:
+                workdir_lib.require_same_teacher(workdir, teacher, trainer.teacher_digest)
 
     distributed.first_process_first(compare, "require_same_sources")
 

@@ -261,14 +261,20 @@ def write_teacher(workdir: Path, digest: str) -> None:
     _write_json(workdir / "teacher.json", {"sha256": digest})
 
 
-def require_same_teacher(workdir: str | Path, digest: str) -> None:
-    """Raises WorkdirError if the workdir's run says that it was taught by other weights than these."""
-    if not (Path(workdir) / "teacher.json").exists():  # begun before this was stored
-        return
-    if _read_json(workdir, "teacher.json").get("sha256") != digest:
+def require_same_teacher(workdir: str | Path, teacher: str, digest: str | None) -> None:
+    """Raises WorkdirError if the workdir's run was taught by other weights than the ones with this digest.
+
+    Where it does not say by which, or the digest is not known, the teacher's path must be the same.
+    """
+    told = Path(workdir) / "teacher.json"
+    if told.exists() and digest is not None:
+        same = _read_json(workdir, told.name).get("sha256") == digest
+    else:
+        same = read_config(workdir).get("distillation", {}).get("teacher") == teacher
+    if not same:
         raise WorkdirError(
             f"The run in {Path(workdir).absolute()} was taught by another model than distillation.teacher"
-            " names today: its weights differ. Put the teacher back, name the directory where it lies now, or"
+            f" names today, {teacher!r}. Put the teacher back, name the directory where it lies now, or"
             " choose another directory with --workdir."
         )
 

@@ -19,7 +19,17 @@ PREFIX = "accumulators/"
 
 @pytest.mark.parametrize(
     ("lowest", "highest", "bits"),
-    [(-128, 127, 8), (-129, 0, 9), (0, 128, 9), (-1, 0, 1), (-32768, 18029, 16), (-16320, 0, 15)],
+    [
+        (-128, 127, 8),
+        (-129, 0, 9),
+        (0, 128, 9),
+        (-1, 0, 1),
+        (-32768, 18029, 16),
+        (-16320, 0, 15),
+        (0, 0, 1),
+        (0, 3, 3),
+        (-9, -5, 5),
+    ],
 )
 def test_widths_are_those_of_twos_complement(lowest, highest, bits):
     assert width(lowest, highest) == bits

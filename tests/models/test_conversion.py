@@ -208,6 +208,8 @@ def test_layers_that_cannot_be_converted(layer, shape, told):
     inputs = jnp.ones((4, 6, 6, 16))
     with pytest.raises(ValueError, match=told):
         warm_start_layer(layer, {"kernel": jnp.ones(shape)}, inputs)
+    with pytest.raises(ValueError, match="params has 'params', but needs 'kernel'"):
+        warm_start_layer(layer, {"params": {"kernel": jnp.ones(shape)}}, inputs)
 
 
 def test_another_similarity_keeps_the_deviation_of_attention_logits():

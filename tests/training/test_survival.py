@@ -264,7 +264,7 @@ def test_handlers_are_put_back(request):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
-@pytest.mark.parametrize("method", ["__init__", "new_state"])
+@pytest.mark.parametrize("method", ["train_batches", "new_state"])
 def test_a_signal_before_the_first_update_ends_the_run(method, tmp_path, monkeypatch, capfd, request):
     request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -279,8 +279,8 @@ def test_a_signal_before_the_first_update_ends_the_run(method, tmp_path, monkeyp
         patched.setattr(Trainer, method, interrupted)
         train(tiny_config(), tmp_path / "run", progress=False)
     assert caught.value.code == 75
-    told = "\nSIGINT: stopping before the first step; a second signal exits at once\n"
-    assert told + "Stopped by SIGINT before the first update" in capfd.readouterr().err
+    told = "\nSIGINT: stopping before the next step; a second signal exits at once\n"
+    assert told + "Stopped by SIGINT before an update" in capfd.readouterr().err
     assert not workdir_lib.has_checkpoints(tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
