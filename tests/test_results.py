@@ -121,10 +121,17 @@ def test_the_kernels_of_the_cpu():
         ("forward", "adderflax", "the forward pass {} to {} times as fast (median {})"),
         ("input gradient", "adderflax", "the input gradient {} to {} times ({})"),
         ("int8", "adderflax", "sums of int8 {} to {} times ({})"),
-        ("int8", "multiply", "{} to {} times as fast as `jnp.matmul` in float32 ({})"),
+        (
+            "forward",
+            "multiply",
+            "`jnp.matmul` in float32 the forward pass is {} to {} times as fast ({})",
+        ),
+        ("int8", "multiply", "The sums of int8 are {} to {} times as fast as that float32 product ({})"),
         ("int8", "torch int8", "{} to {} times their speed ({})"),
     ):
         assert text.format(*told(method, other)) in page
+    readme = " ".join((RESULTS.parent / "README.md").read_text().split())
+    assert f"forward pass has {told('forward', 'multiply')[2]} times the speed of a float32 product" in readme
 
 
 def test_the_speed_of_int8():
@@ -143,6 +150,10 @@ def test_the_speed_of_int8():
         f"{twin[64]} times the speed of its twin in float32 at 64 images and {twin[1]} times at one" in page
     )
     assert f"and {own[64]} and {own[1]} times its own in float32" in page
+    kernels = {
+        batch: found["adder, float32, kernels"] / found["twin, float32"] for batch, found in rates.items()
+    }
+    assert f"in float32 it has {kernels[64]:.2f} and {kernels[1]:.2f} times the twin's" in page
 
 
 def test_ranks_of_the_weights_that_come_along():
