@@ -29,6 +29,8 @@ def test_wheel_is_installed_and_imported_from_another_directory(tmp_path):
     assert {
         "adderflax/py.typed",
         "adderflax/operators/_gpu_kernels.cu",
+        "adderflax/operators/_cpu_kernels.cpp",
+        *(f"adderflax/operators/_cpu_{part}.h" for part in ("vectors", "cut", "floats", "bytes")),
         "adderflax/analysis/integer_format.md",
     } < set(names)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 
-SOURCE = Path(__file__).with_name("_cpu_kernels.cpp")
+SOURCE = Path(__file__).with_name("_cpu_kernels.cpp")  # includes the headers beside it
 KERNELS = ("forward", "gradient_x", "gradient_y", "bytes")
 CACHE_VARIABLE = "ADDERFLAX_CACHE_DIR"
 _COMPILERS = ("c++", "g++", "clang++")
@@ -75,7 +75,7 @@ class _NotCompiled(RuntimeError):
 
 
 def built(options: tuple[str, ...] = ()) -> Path:
-    """The library, compiled if the cache has none of this source, compiler, jaxlib and processor.
+    """The library, compiled if the cache has none of these sources, compiler, jaxlib and processor.
 
     Args:
         options: for the compiler, besides the usual ones.
@@ -89,6 +89,7 @@ def built(options: tuple[str, ...] = ()) -> Path:
     version = _run([compiler, "--version"]).stdout
     key = [
         SOURCE.read_text(),
+        *(header.read_text() for header in sorted(SOURCE.parent.glob("_cpu_*.h"))),
         compiler,
         version,
         *options,

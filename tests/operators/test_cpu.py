@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import shutil
 import stat
 import subprocess
 import sys
@@ -339,13 +340,19 @@ def test_compiled_once_for_a_source_a_compiler_and_its_options(elsewhere, monkey
     assert _cpu_library.built() == first and calls() == 1
     assert first.parent == elsewhere / "cache" and list(first.parent.iterdir()) == [first]
     assert _cpu_library.built(("-DADDERFLAX_PLAIN",)) != first and calls() == 2
-    changed = elsewhere / "changed.cpp"
-    changed.write_text(_cpu_library.SOURCE.read_text() + "// changed\n")
-    monkeypatch.setattr(_cpu_library, "SOURCE", changed)
-    assert _cpu_library.built() != first and calls() == 3
+    folder = elsewhere / "sources"
+    folder.mkdir()
+    for source in (_cpu_library.SOURCE, *_cpu_library.SOURCE.parent.glob("_cpu_*.h")):
+        shutil.copy(source, folder)
+    monkeypatch.setattr(_cpu_library, "SOURCE", folder / "_cpu_kernels.cpp")
+    assert _cpu_library.built() == first and calls() == 2
+    for number, changed in enumerate(sorted(folder.iterdir())):
+        changed.write_text(changed.read_text() + "// changed\n")
+        assert _cpu_library.built() != first and calls() == 3 + number
+    assert calls() == 2 + 5
     monkeypatch.setattr(_cpu_library, "_processor", lambda: "another")
     _cpu_library.built()
-    assert calls() == 4
+    assert calls() == 2 + 5 + 1
 
 
 def test_the_cache_lies_where_users_have_theirs(monkeypatch, tmp_path):
