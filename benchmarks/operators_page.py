@@ -80,8 +80,8 @@ _KERNELS_HEAD = """The kernels of `implementation="cpu"`, in the same run. "x xl
 the columns above, for int8 to what `implementation=None` does with int8; "x multiply" is again that relative
 to `jnp.matmul` in float32, and "x torch" to int8 products by `torch._int_mm`, which uses the processor's
 instructions for them. A share above 1 is faster than the hand-written loop: the kernels sum max(x, y), from
-which sums of x and of y are taken, where that is as exact, and clip by one instruction, so that an element
-takes two instructions and three.
+which sums of x and of y are taken (not where that would cost digits), and clip by one instruction, so that an
+element takes two instructions and three.
 
 | case | batch | M, K, N | forward G/s | share | x xla | x multiply | input gradient G/s | share | x xla \
 | x multiply | backward G/s | x xla | x multiply | int8 G/s | x xla | x multiply | x torch |

@@ -77,12 +77,12 @@ def _run(method: str, rule: Rule | None, *operands: jax.Array) -> jax.Array:
     if x.dtype == jnp.uint8:
         name, dtype = "bytes", np.int32
     elif rule is not None:
-        # The kernel's rule is slope * clip(d, -limit, limit), and the sign of d where the limit is 0.
+        # slope * clip(d, -limit, limit) g, without the slope in the kernel; sign(d) g where the limit is 0.
         slope = rule.slope if rule.kind == "hardtanh" else 1.0
-        if not _SLOPES[0] <= slope <= _SLOPES[1]:  # sums could leave float32's range before the slope
+        if not _SLOPES[0] <= slope <= _SLOPES[1]:  # slope * g could leave float32's range
             return _plain(method, rule, *operands)
-        limit = 1.0 / slope if rule.kind == "hardtanh" else 0.0
-        attributes = {"limit": np.float32(limit), "slope": np.float32(slope)}
+        operands = (x, y, operands[2] * slope if slope != 1.0 else operands[2])
+        attributes = {"limit": np.float32(1.0 / slope if rule.kind == "hardtanh" else 0.0)}
     result = jax.ShapeDtypeStruct(result_shape(method, x, y), dtype)
     return jax.ffi.ffi_call(_cpu_library.targets()[name], result)(*operands, **attributes)
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 #include <cstdint>
 
 #include "_cpu_cut.h"
@@ -31,7 +30,7 @@ struct Floats {
   float* out;
   Lengths n;
   bool a_transposed = false, b_transposed = false;  // in memory [T, R] and [C, T]
-  float limit = 0.0f, factor = 1.0f;                // of differences; of the whole sum
+  float limit = 0.0f;                               // of differences
 };
 
 // Copies columns first.. and terms t.. of B to [terms, width], zeros in the columns that are not there.
@@ -82,10 +81,13 @@ inline bool are_finite(const float* from, int64_t count) {
   return is_finite(sum);
 }
 
+// Distances are summed in chains of so many terms, then the chains' sums: short ones round less.
+constexpr int64_t kChain = 64;
+
 // Adds `terms` terms to the sums of a tile; `at_once` clips by one instruction. Half of a gradient's differences
 // are fused then, so that units are equally busy, and otherwise all of them.
 template <Term term, int vectors, bool at_once, int kRows>
-inline __attribute__((always_inline)) void add_terms(const float* const (&a_rows)[kRows], int64_t a_term,
+inline __attribute__((always_inline)) void add_chain(const float* const (&a_rows)[kRows], int64_t a_term,
                                                      const float* panel, int64_t terms,
                                                      const Vector (&held)[kRows][vectors], float limit,
                                                      Vector (&sums)[kRows][vectors]) {
@@ -117,6 +119,27 @@ inline __attribute__((always_inline)) void add_terms(const float* const (&a_rows
   }
 }
 
+// The same with the terms of a whole panel, for distances in chains.
+template <Term term, int vectors, bool at_once, int kRows>
+inline __attribute__((always_inline)) void add_terms(const float* const (&a_rows)[kRows], int64_t a_term,
+                                                     const float* panel, int64_t terms,
+                                                     const Vector (&held)[kRows][vectors], float limit,
+                                                     Vector (&sums)[kRows][vectors]) {
+  if (is_gradient(term) || terms <= kChain)
+    return add_chain<term, vectors, at_once>(a_rows, a_term, panel, terms, held, limit, sums);
+  for (int64_t t = 0; t < terms; t += kChain) {
+    const float* from[kRows];
+    for (int i = 0; i < kRows; ++i) from[i] = a_rows[i] + t * a_term;
+    Vector chain[kRows][vectors];
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < vectors; ++j) chain[i][j] = Vector{};
+    add_chain<term, vectors, at_once>(from, a_term, panel + t * vectors * kLanes, std::min(kChain, terms - t), held,
+                                      limit, chain);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < vectors; ++j) sums[i][j] += chain[i][j];
+  }
+}
+
 #if defined(ADDERFLAX_FUSED)
 inline float total(Vector v) {
 #if defined(ADDERFLAX_AVX512)
@@ -137,11 +160,16 @@ inline uint32_t at_least(Vector a, Vector b) {
 #endif
 }
 
-// A sum d of |a - b| was found as 2 sum max(a, b) - sum a - sum b: of each lane, whether it is as exact as one of
-// differences is. What is rounded on the way is no larger than the sums of |a| and |b|, so it is not where d is
-// small beside these, or not finite.
+// Up to here float32 holds every whole number.
+constexpr float kWhole = 1 << 24;
+
+// A sum d of |a - b| was found as 2 sum max(a, b) - sum a - sum b: of each lane, whether that is taken. What is
+// rounded on the way is no larger than the sums of |a| and |b|, their sizes, so that it is not where d is small
+// beside these. Nor where they exceed 2^24, so that whole numbers are summed exactly up to there, nor where they are
+// not finite.
 inline uint32_t exact(Vector d, Vector row_size, Vector column_size) {
-  return at_least(d * 4.0f, row_size + column_size) & at_least(Vector{} + FLT_MAX, d);
+  const Vector size = row_size + column_size;
+  return at_least(d * 4.0f, size) & at_least(Vector{} + kWhole, size);
 }
 
 // Puts sums of differences where the others are not exact. Of each sum its own row and column decide, so that it
@@ -206,7 +234,7 @@ struct Panel {
 // Adds the terms of a panel to a tile of the result, or sets it to their sum.
 template <Term term, int vectors>
 void tile(const float* a, int64_t a_row, int64_t a_term, const Panel& panel, const float* h, float* out,
-          int64_t columns, int64_t valid_rows, int64_t valid_columns, bool add, float limit, float factor) {
+          int64_t columns, int64_t valid_rows, int64_t valid_columns, bool add, float limit) {
   constexpr int kRows = tile_rows(term, vectors);
   // Rows that are not there are the last one again, and are not stored.
   const float* a_rows[kRows];
@@ -238,7 +266,7 @@ void tile(const float* a, int64_t a_row, int64_t a_term, const Panel& panel, con
       float* to = out + i * columns + j * kLanes;
       const int64_t lanes = valid_columns - j * kLanes;
       const Vector before = add ? load_first(to, lanes) : Vector{};
-      store_first(to, before + sums[i][j] * factor, lanes);
+      store_first(to, is_gradient(term) ? before + sums[i][j] : before - sums[i][j], lanes);
     }
   }
 }
@@ -264,10 +292,14 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
     if (term == Term::kMaximum) {
       for (int j = 0; j < vectors; ++j) {
         Vector column = {}, size = {};
-        for (int64_t i = 0; i < terms; ++i) {
-          const Vector b = load(panel + i * kWidth + j * kLanes);
-          column += b;
-          size += magnitude(b);
+        for (int64_t i = 0; i < terms; i += kChain) {
+          Vector chain = {};
+          for (int64_t k = i; k < std::min(terms, i + kChain); ++k) {
+            const Vector b = load(panel + k * kWidth + j * kLanes);
+            chain += b;
+            size += magnitude(b);
+          }
+          column += chain;
         }
         store(sums + j * kLanes, column);
         store(sums + kWidth + j * kLanes, size);
@@ -276,7 +308,7 @@ void panel_of(const Floats& f, int64_t batch, int64_t start, int64_t end, int64_
     for (int64_t m = start; m < end; m += kRows)
       tile<term, vectors>(a + m * a_row + t * a_term, a_row, a_term, {panel, terms, finite, sums},
                           is_gradient(term) ? h + m * n.columns : nullptr, out + m * n.columns, n.columns,
-                          std::min<int64_t>(kRows, end - m), columns, t > 0, f.limit, f.factor);
+                          std::min<int64_t>(kRows, end - m), columns, t > 0, f.limit);
   }
 }
 

@@ -38,7 +38,6 @@ using S32 = ffi::Buffer<ffi::S32>;
 
 ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 y, ffi::Result<F32> out) {
   Floats f = {x.typed_data(), y.typed_data(), nullptr, out->typed_data(), lengths(*out, axis(x, 1))};
-  f.factor = -1.0f;
 #if defined(ADDERFLAX_FUSED)
   run<Term::kMaximum>(pool, f);
 #else
@@ -47,25 +46,24 @@ ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 y, ffi::Result<F32> out) {
   return ffi::Error::Success();
 }
 
-// The rule is slope * clip(d, -limit, limit), or sign(d) where the limit is 0.
+// The rule is clip(d, -limit, limit), or sign(d) where the limit is 0.
 template <Term hardtanh, Term sign>
-ffi::Error gradient(ffi::ThreadPool& pool, Floats f, float limit, float slope) {
+ffi::Error gradient(ffi::ThreadPool& pool, Floats f, float limit) {
   f.limit = limit;
-  f.factor = slope;
   limit > 0 ? run<hardtanh>(pool, f) : run<sign>(pool, f);
   return ffi::Error::Success();
 }
 
-ffi::Error gradient_x(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit, float slope) {
+ffi::Error gradient_x(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit) {
   Floats f = {g.typed_data(), y.typed_data(), x.typed_data(), out->typed_data(), lengths(*out, axis(g, 1))};
   f.b_transposed = true;
-  return gradient<Term::kHardtanhA, Term::kSignA>(pool, f, limit, slope);
+  return gradient<Term::kHardtanhA, Term::kSignA>(pool, f, limit);
 }
 
-ffi::Error gradient_y(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit, float slope) {
+ffi::Error gradient_y(ffi::ThreadPool pool, F32 x, F32 y, F32 g, ffi::Result<F32> out, float limit) {
   Floats f = {x.typed_data(), g.typed_data(), y.typed_data(), out->typed_data(), lengths(*out, axis(g, 2))};
   f.a_transposed = true;
-  return gradient<Term::kHardtanhB, Term::kSignB>(pool, f, limit, slope);
+  return gradient<Term::kHardtanhB, Term::kSignB>(pool, f, limit);
 }
 
 ffi::Error bytes(ffi::ThreadPool pool, U8 x, U8 y, ffi::Result<S32> out) {
@@ -80,8 +78,8 @@ auto with_pool() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(adderflax_forward, forward, with_pool().Arg<F32>().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     adderflax_gradient_x, gradient_x,
-    with_pool().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("limit").Attr<float>("slope"));
+    with_pool().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("limit"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     adderflax_gradient_y, gradient_y,
-    with_pool().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("limit").Attr<float>("slope"));
+    with_pool().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("limit"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(adderflax_bytes, bytes, with_pool().Arg<U8>().Arg<U8>().Ret<S32>());

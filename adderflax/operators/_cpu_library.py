@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ KERNELS = ("forward", "gradient_x", "gradient_y", "bytes")
 CACHE_VARIABLE = "ADDERFLAX_CACHE_DIR"
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300  # for the compiler; it takes 5
+_one_at_a_time = threading.Lock()
 _logger = logging.getLogger("adderflax.operators")
 
 
@@ -51,7 +53,8 @@ def _failure(compiler: str, folder: Path) -> str | None:
 @functools.cache
 def targets() -> dict[str, str]:
     """XLA's names of the kernels, registered, by those of `KERNELS`."""
-    return registered(built(), "adderflax")
+    with _one_at_a_time:  # a thread that waited finds the library
+        return registered(built(), "adderflax")
 
 
 def registered(path: Path, prefix: str) -> dict[str, str]:
@@ -85,7 +88,9 @@ def built(options: tuple[str, ...] = ()) -> Path:
     """
     compiler = _compiler()
     tuned = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    options = ("-std=c++17", "-O3", tuned, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", *options)
+    # NaN and infinity are told from numbers, which some compilers' defaults would not do.
+    exact = ("-fno-fast-math", "-ffp-contract=fast")
+    options = ("-std=c++17", "-O3", tuned, *exact, "-fPIC", "-shared", "-pthread", *options)
     version = _run([compiler, "--version"]).stdout
     key = [
         SOURCE.read_text(),
@@ -97,9 +102,19 @@ def built(options: tuple[str, ...] = ()) -> Path:
         _processor(),
     ]
     path = cache_folder() / f"cpu_kernels_{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so"
-    if not path.exists():
+    if not _exists(path):
         _compile([compiler, *options, "-isystem", jax.ffi.include_dir(), str(SOURCE)], path)
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise _NotCompiled(
+            f"the folder {path.parent} for compiled CPU kernels cannot be read ({error}); name another in the"
+            f" environment variable {CACHE_VARIABLE}"
+        ) from error
 
 
 def cache_folder() -> Path:

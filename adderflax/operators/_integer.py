@@ -1,8 +1,9 @@
 """Integer operands: exact sums, by the kernels for float32.
 
 A float32 holds every whole number up to 2^24, and a sum of absolute differences never leaves the range
-between zero and its end. So every kernel computes such sums of small integers exactly, in whatever order it
-adds, and integers need no kernels of their own. GPUs and CPUs have instructions for bytes, so there are some.
+between zero and its end, nor does a CPU's sum of maxima leave 2^24, beyond which differences are summed. So
+every kernel computes such sums of small integers exactly, in whatever order it adds, and integers need no
+kernels of their own. GPUs and CPUs have instructions for bytes, so there are some.
 """
 
 import numbers

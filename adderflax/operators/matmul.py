@@ -76,7 +76,8 @@ def adder_matmul(
     instruction, which have been emulated and compiled, but have not run on a GPU yet. None chooses neither.
 
     implementation="cpu" is C++, which the machine's own compiler builds at the first use, in some seconds;
-    it is kept in ~/.cache/adderflax, or in the folder named in the environment variable ADDERFLAX_CACHE_DIR.
+    it is kept in the user's folder of caches, or in that named in the environment variable
+    ADDERFLAX_CACHE_DIR.
 
     Args:
         x: [..., M, K], float32, bfloat16 or float16; or int8 or uint8, where both operands are.

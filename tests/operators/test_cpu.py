@@ -1,5 +1,6 @@
 """The CPU kernels: every instruction set's text against float64, threads, and how they are compiled."""
 
+import concurrent.futures
 import functools
 import os
 import platform
@@ -111,6 +112,52 @@ def test_sums_are_as_exact_where_operands_sum_to_nothing(instructions, size, k):
     assert found[9, 11] == found[3, 3] == 0.0 and found.max() == 0.0
 
 
+RELATIVE_ERRORS = {
+    "normal": (1e-6, lambda random, *shape: random.normal(size=shape)),
+    # What is rounded is several times as large as the result.
+    "uniform": (3e-6, lambda random, *shape: random.uniform(size=shape)),
+    "magnitudes of normal": (3e-6, lambda random, *shape: np.abs(random.normal(size=shape))),
+    "pixels": (3e-6, lambda random, *shape: random.integers(0, 256, shape) / 255),
+    "zeros and others": (3e-6, lambda random, *shape: np.maximum(random.normal(size=shape), 0)),
+}
+
+
+@pytest.mark.parametrize("k", [20, 64, 192, 512, 2000])
+@pytest.mark.parametrize("name", RELATIVE_ERRORS)
+def test_relative_errors(instructions, name, k):
+    allowed, draw = RELATIVE_ERRORS[name]
+    random = np.random.default_rng(0)
+    x, y = (draw(random, *shape).astype(np.float32) for shape in ((60, k), (k, 70)))
+    found, (expected, _) = (
+        np.asarray(jax.jit(lambda x, y: _cpu.forward(x, y))(x, y)),
+        reference.forward(x, y),
+    )
+    np.testing.assert_allclose(found, expected, rtol=allowed)
+
+
+@pytest.mark.parametrize("k", [64, 192, 512, 2000])
+def test_sums_of_constants(instructions, k):
+    """Each addition rounds in the same direction as the one before."""
+    random = np.random.default_rng(0)
+    x, y = random.uniform(1, 2, (60, 1)), random.uniform(0.5, 1, (1, 70))
+    x, y = (
+        x.astype(np.float32) + np.zeros((1, k), np.float32),
+        y.astype(np.float32) + np.zeros((k, 1), np.float32),
+    )
+    found, (expected, _) = np.asarray(jax.jit(lambda x, y: _cpu.forward(x, y))(x, y)), reference.forward(x, y)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("largest", "k"), [(127, 600), (32767, 512), (65535, 300)])
+def test_whole_numbers_are_summed_exactly(instructions, largest, k):
+    """Up to 2^24, by which the sums of both operands' sizes are larger."""
+    random = np.random.default_rng(0)
+    x, y = (random.integers(0, largest + 1, shape).astype(np.float32) for shape in ((50, k), (k, 64)))
+    expected = -np.abs(x.astype(np.int64)[:, :, None] - y.astype(np.int64)).sum(1)
+    assert expected.min() > -(2**24)
+    np.testing.assert_array_equal(jax.jit(lambda x, y: _cpu.forward(x, y))(x, y), expected)
+
+
 def test_sums_that_leave_the_range(instructions):
     x, y, _ = operands(20, 400, 40)
     x, y = np.sign(x) * np.float32(1e36), np.sign(y) * np.float32(1e36)
@@ -216,13 +263,17 @@ def test_nothing_outside_of_the_operands_is_touched(name, tmp_path):
     assert done.stdout.strip() == "clean", done.stderr[-5000:]
 
 
-@pytest.mark.parametrize("slope", [2.0**-30, 2.0**30])
-def test_extreme_slopes_stay_in_range(slope):
-    x, y, g = operands(5, 6, 7)
-    x, y, g = x * 1e-3, y * 1e-3, g * 1e30
-    found = _cpu.gradient_x(*map(jnp.asarray, (x, y, g)), Rule("hardtanh", slope))
-    expected = reference.gradients(x, y, g, ("hardtanh", slope), "full")[0]
-    reference.assert_within(np.asarray(found), *expected, "gradient")
+SLOPES = [(2.0**-30, 1e30), (2.0**30, 1e30), (2.0**-20, 1e32), (1e-3, 1e35), (1e3, 1e-34), (2.0**20, 1e-33)]
+
+
+@pytest.mark.parametrize(("slope", "size"), SLOPES)
+def test_slopes_do_not_leave_the_range_of_the_result(slope, size):
+    x, y, g = operands(5, 60, 7)
+    x, y, g = (np.float32(a) for a in (x / slope, y / slope, g * size))
+    rule = "hardtanh", slope
+    for method, expected in zip(("gradient_x", "gradient_y"), reference.gradients(x, y, g, rule, rule)):
+        found = jax.jit(functools.partial(getattr(_cpu, method), rule=Rule(*rule)))(x, y, g)
+        reference.assert_within(np.asarray(found), *expected, method)
 
 
 def test_all_operators_run_them():
@@ -316,6 +367,23 @@ def test_a_cache_that_cannot_be_written(elsewhere, monkeypatch, folder, said):
     (elsewhere / "file").touch()
     monkeypatch.setenv("ADDERFLAX_CACHE_DIR", folder if folder[0] == "~" else str(elsewhere / folder))
     assert said in (reason := reason_given()) and "ADDERFLAX_CACHE_DIR" in reason
+
+
+def test_a_cache_that_cannot_be_searched(elsewhere, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(_cpu_library.Path, "exists", denied)
+    assert "cannot be read" in (reason := reason_given()) and "ADDERFLAX_CACHE_DIR" in reason
+
+
+def test_compiled_once_by_threads_that_want_it_at_once(elsewhere, monkeypatch):
+    script = f'sleep 0.3\nfor last; do :; done\ntouch "$last"\necho compiled >> {elsewhere}/calls'
+    compiler(elsewhere, monkeypatch, script)
+    monkeypatch.setattr(_cpu_library, "registered", lambda path, prefix: {})
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(lambda _: _cpu.unavailable(), range(4))) == {None}
+    assert (elsewhere / "calls").read_text().split() == ["compiled"]
 
 
 def test_a_cache_by_a_relative_name(elsewhere, monkeypatch):
