@@ -263,6 +263,63 @@ def test_nothing_outside_of_the_operands_is_touched(name, tmp_path):
     assert done.stdout.strip() == "clean", done.stderr[-5000:]
 
 
+# What the kernels take of XLA: threads that run what is scheduled.
+THREADS = """#pragma once
+#include <functional>
+#include <thread>
+#include <vector>
+namespace xla::ffi {
+struct ThreadPool {
+  std::vector<std::thread> threads;
+  int64_t num_threads() const { return 3; }
+  void Schedule(std::function<void()> work) { threads.emplace_back(work); }
+  ~ThreadPool() { for (auto& thread : threads) thread.join(); }
+};
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def on_arm(tmp_path_factory):
+    """Runs the kernels, compiled for ARM, in an emulator, without XLA."""
+    tools = [shutil.which(name) for name in ("aarch64-linux-gnu-g++", "qemu-aarch64")]
+    if None in tools:
+        pytest.skip("Debian's packages g++-aarch64-linux-gnu and qemu-user are not installed")
+    folder = tmp_path_factory.mktemp("arm")
+    header = folder / "xla" / "ffi" / "api" / "ffi.h"
+    header.parent.mkdir(parents=True)
+    header.write_text(THREADS)
+    source = Path(__file__).with_name("cpu_elsewhere.cpp")
+    includes = [f"-I{folder}", f"-I{_cpu_library.SOURCE.parent}"]
+    options = ["-std=c++17", "-O3", "-ffp-contract=fast", "-static", "-pthread", *includes]
+    subprocess.run([tools[0], *options, str(source), "-o", str(folder / "kernels")], check=True)
+    return lambda *arguments, **given: subprocess.run(
+        [tools[1], str(folder / "kernels"), *map(str, arguments)], capture_output=True, check=True, **given
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agree_with_float64_on_an_emulated_arm(on_arm, shape, batch):
+    x, y, g = operands(*shape, batch)
+    bytes_x, bytes_y = (np.random.default_rng(1).integers(0, 256, a.shape, np.uint8) for a in (x, y))
+    given = b"".join(array.tobytes() for array in (x, y, g, bytes_x, bytes_y))
+    found = on_arm(batch, *shape, 0.5, input=given).stdout
+    results = []
+    for like, dtype in ((g, "f4"), (x, "f4"), (y, "f4"), (x, "f4"), (y, "f4"), (g, "i4")):
+        results.append(np.frombuffer(found, dtype, like.size).reshape(like.shape))
+        found = found[like.size * 4 :]
+    assert not found
+    out, *gradients, sums = results
+    reference.assert_within(out, *reference.forward(x, y), "forward")
+    for rule, pair in zip((("hardtanh", 2.0), "sign"), (gradients[:2], gradients[2:])):
+        for actual, expected in zip(pair, reference.gradients(x, y, g, rule, rule)):
+            factor = 2.0 if rule != "sign" else 1.0  # the slope, which the kernel does not multiply by
+            reference.assert_within(actual * factor, *expected, f"gradient, {rule}")
+    np.testing.assert_array_equal(sums, exact_sums(bytes_x, bytes_y))
+
+
 SLOPES = [(2.0**-30, 1e30), (2.0**30, 1e30), (2.0**-20, 1e32), (1e-3, 1e35), (1e3, 1e-34), (2.0**20, 1e-33)]
 
 
