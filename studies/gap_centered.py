@@ -8,7 +8,7 @@ model (64 features, 4 blocks, 16 tokens of 8x8 pixels, neighbors in the MLP) and
 3 epochs of all images (`short-...`, one seed). What helps runs over 10 epochs (`long-...`), three seeds of it
 beside the twin and the adder model without it. `taught` adds the teaching of
 `configs/cifar10_adder_vit.py:taught`, the teacher being the first seed of `long-multiply`; its epochs come on
-top of the pupil's, and the twin's row to hold it against is `full-multiply-neighbors-taught` of gap_cifar10.
+top of the pupil's, and the twin's row to hold it against is `long-multiply-taught`.
 Everything runs by the CPU's kernels (`model.implementation="cpu"`). No images are held out, so what is chosen
 by these figures is flattered by them.
 Run it with `--keep_checkpoints`: a later row reads those of `long-multiply-seed0`.
@@ -47,7 +47,11 @@ TAUGHT = {
     "distillation.soft_labels": 0.5,
 }
 LONG: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("multiply", "adder-dw-hardtanh", "adder")}
-LONG |= {"adder-dw-hardtanh-taught": ADDER | CLIPPED | TAUGHT, "adder-taught": ADDER | TAUGHT}
+LONG |= {
+    "adder-dw-hardtanh-taught": ADDER | CLIPPED | TAUGHT,
+    "adder-taught": ADDER | TAUGHT,
+    "multiply-taught": SHORT["multiply"] | TAUGHT,
+}
 LONG_TWICE: dict[str, dict[str, Any]] = {"multiply-lr6": SHORT["multiply-lr6"]}
 LONG_ONCE: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("adder-dw-hardtanh-multiplier20",)}
 
@@ -77,8 +81,9 @@ def comparisons() -> list[Comparison]:
     found = [Comparison(name, f"short-{name}", "short-adder") for name in tools]
     for kind in ("short", "long"):
         found.append(Comparison(f"{kind} multiply-lr6", f"{kind}-multiply-lr6", f"{kind}-multiply"))
-    taught = "long-adder-dw-hardtanh-taught", "long-adder-taught"
-    found.append(Comparison("adder-dw-hardtanh, taught", *taught))
+    taught = "long-adder-dw-hardtanh-taught"
+    for other in ("long-adder-taught", "long-multiply-taught"):
+        found.append(Comparison(f"{taught} against {other}", taught, other))
     return found + [
         Comparison(f"{kind}-{name} against the twin", f"{kind}-{name}", f"{kind}-multiply")
         for kind, rows in (("short", SHORT), ("long", LONG), ("long", LONG_ONCE))
