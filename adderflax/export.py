@@ -2,7 +2,7 @@
 
     python -m adderflax.export runs/digits_adder_vit runs/digits_int8
     python -m adderflax.export runs/digits_adder_vit runs/digits_int4 --bits 4 --evaluate
-    python -m adderflax.export runs/digits_adder_vit runs/digits_whole --integer_only
+    python -m adderflax.export runs/digits_adder_vit runs/digits_whole --integer_only --hex
 
 The arithmetic is explained in `adderflax.analysis.integers`, that without a float in
 `adderflax.analysis.integer_only`, the files in `adderflax.analysis.integer_files`.
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluate", action="store_true", help="classify the whole test part, too")
     parser.add_argument(
         "--integer_only", action="store_true", help="also the model without a float, from pixels to logits"
+    )
+    parser.add_argument(
+        "--hex", action="store_true", dest="hexadecimal", help="also every array as text for $readmemh"
     )
     parser.add_argument("--best", action="store_true", help="the best checkpoint, not the newest")
     parser.add_argument("--data_dir", metavar="DIR", help="where prepared data sets are on this machine")

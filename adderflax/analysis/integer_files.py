@@ -16,6 +16,8 @@ A value is its integer times 2^exponent of its operation. With `integer_only`, b
     integer_only.json            the model's description, and units of all values
     integer_only.npz             all weights and tables, in integers
     integer_only_vectors.npz     inputs, and what every step gives for them
+
+With `hexadecimal`, besides, hex/ARCHIVE/NAME.hex of every array of these archives, for Verilog's $readmemh.
 """
 
 import contextlib
@@ -67,6 +69,7 @@ _INTEGER_ONLY = "integer_only"
 _CALIBRATION = 256  # images, where a set has as many
 _FORMAT = 2  # 1: an L1 aggregation was -sum |weights - values|
 _EVALUATED_AT_ONCE = 100
+_HEXADECIMAL = "hex"
 # What reading a damaged file of ours ends with.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, ArithmeticError, EOFError, zipfile.BadZipFile)
 
@@ -80,6 +83,7 @@ def export_workdir(
     vectors: int = 2,
     evaluate: bool = False,
     integer_only: bool = False,
+    hexadecimal: bool = False,
     best: bool = False,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
@@ -93,6 +97,7 @@ def export_workdir(
       vectors: how many test images are traced into vectors.npz.
       evaluate: also classify the whole test part, with integers and without.
       integer_only: also write the model without a float anywhere; it must be a Vision Transformer.
+      hexadecimal: also write every array as text, a number a line, which Verilog's $readmemh reads.
       best: take the checkpoint with the best validation accuracy instead of the newest.
       data_dir: where prepared data sets are on this machine; None looks where the run's configuration says.
 
@@ -162,7 +167,10 @@ def export_workdir(
             traced = first_images("test", vectors)
             if whole is not None:
                 write_integer_only(written, whole, traced)
-            return write_integers(written, integers, traced, info, figures)
+            description = write_integers(written, integers, traced, info, figures)
+            if hexadecimal:
+                write_hexadecimal(written)
+            return description
 
 
 def write_integers(
@@ -212,6 +220,21 @@ def write_integer_only(directory: Path, whole: IntegerOnly, images: np.ndarray) 
     for source, kind in (("integer_only_format.md", "md"), ("integer_only_reference.py", "py")):
         shutil.copyfile(Path(__file__).with_name(source), directory / f"{_INTEGER_ONLY}.{kind}")
     (directory / f"{_INTEGER_ONLY}.json").write_text(json.dumps(whole.described, indent=1) + "\n")
+
+
+def write_hexadecimal(directory: Path) -> None:
+    """Writes every array of the archives in `directory` as text, for memories of simulated hardware.
+
+    hex/ARCHIVE/NAME.hex has a comment with dtype and shape, then a number a line, in C order. Integers are
+    two's complement, floats their bits, in two digits a byte of the dtype.
+    """
+    for archive in sorted(directory.glob("*.npz")):
+        with np.load(archive) as arrays:
+            for name, array in arrays.items():
+                path = directory / _HEXADECIMAL / archive.stem / f"{name}.hex"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                digits = array.astype(array.dtype.newbyteorder(">")).tobytes().hex("\n", array.itemsize)
+                path.write_text(f"// {array.dtype} {' '.join(map(str, array.shape))}\n{digits}\n")
 
 
 def _described(integers: IntegerModel) -> dict[str, Any]:

@@ -198,6 +198,31 @@ def test_files(workdir, tmp_path, capsys):
     assert np.abs(np.asarray(own) - vectors["logits"]).max() < 0.3
 
 
+def test_arrays_as_text(workdir, tmp_path):
+    arguments = [
+        str(workdir),
+        str(tmp_path),
+        "--calibration",
+        "8",
+        "--vectors",
+        "1",
+        "--integer_only",
+        "--hex",
+    ]
+    export.main(arguments)
+    told = set()
+    for archive in ("integers", "vectors", "integer_only", "integer_only_vectors"):
+        with np.load(tmp_path / f"{archive}.npz") as arrays:
+            for name, array in arrays.items():
+                told.add(path := tmp_path / "hex" / archive / f"{name}.hex")
+                comment, *lines = path.read_text().splitlines()
+                assert comment == " ".join(["//", str(array.dtype), *map(str, array.shape)])
+                assert {len(line) for line in lines} == {2 * array.itemsize}
+                bits = np.array([int(line, 16) for line in lines], f"u{array.itemsize}")
+                np.testing.assert_array_equal(bits.view(array.dtype).reshape(array.shape), array)
+    assert told == set((tmp_path / "hex").rglob("*.hex"))
+
+
 def test_reported_accuracies(workdir, tmp_path):
     # At 2 bits the two models differ in far more images than a rounding can move.
     description = export_workdir(workdir, tmp_path, bits=2, calibration=40, vectors=1, evaluate=True)
