@@ -15,6 +15,8 @@ cd "$(dirname "$0")/.."
 
 : "${TPU:?the name of the slice}" "${ZONE:?its zone}"
 : "${CREATE=--spot}" "${SETUP:=true}" "${POLL:=60}"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
 tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
 
@@ -22,12 +24,10 @@ on_every_worker() { tpus tpu-vm ssh "$TPU" --worker=all --command="$1"; }
 
 # Empty where there is no such request; UNKNOWN where the question failed, which is no reason to ask for another.
 request_state() {
-  local problem
-  problem=$(mktemp)
+  local problem=$scratch/problem
   if ! tpus queued-resources describe "$TPU" --format='value(state.state)' 2>"$problem"; then
     grep -q NOT_FOUND "$problem" || { cat "$problem" >&2 && echo UNKNOWN; }
   fi
-  rm "$problem"
 }
 
 ready() { [ "$(tpus tpu-vm describe "$TPU" --format='value(state)' 2>/dev/null)" = READY ]; }
@@ -61,8 +61,7 @@ wait_until_ready() {
 AWAIT='while systemctl is-active --quiet adderflax; do sleep 10; done'
 
 install() {
-  local archive
-  archive=$(mktemp -d)/adderflax.tar.gz
+  local archive=$scratch/adderflax.tar.gz
   # uv brings a Python of its own: that of the TPU images is older than 3.11.
   git archive --format=tar.gz --output="$archive" HEAD &&
     tpus tpu-vm scp "$archive" "$TPU:adderflax.tar.gz" --worker=all &&
