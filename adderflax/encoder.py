@@ -7,7 +7,15 @@ from typing import Self
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.fields import is_count, is_finite, require_choice, require_count, settle_dtype, settle_rules
+from adderflax.fields import (
+    is_count,
+    is_finite,
+    require_choice,
+    require_count,
+    require_flag,
+    settle_dtype,
+    settle_rules,
+)
 from adderflax.layers import (
     ARITHMETICS,
     DTYPES,
@@ -113,7 +121,7 @@ class EncoderConfig:
         for name in ("embed_dim", "num_heads"):
             require_count(name, getattr(self, name))
         for name in ("identity", "power_activation", "centered", "use_bias", "remat"):
-            require_choice(name, getattr(self, name), (True, False))
+            require_flag(name, getattr(self, name))
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}: every head"

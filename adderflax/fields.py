@@ -17,6 +17,12 @@ def require_choice(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.")
 
 
+def require_flag(name: str, value: Any) -> None:
+    """Raises a ValueError that names the field, unless `value` is True or False, of Python or of NumPy."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r} must be True or False.")
+
+
 def is_count(value: Any) -> bool:
     """Whether `value` is a whole number, 1 or more; True and 3.0 are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
@@ -49,12 +55,10 @@ def settle_dtype(description: Any, allowed: tuple[str, ...]) -> None:
     require_choice("dtype", description.dtype, allowed)
 
 
-def require_pair(name: str, value: Any) -> None:
+def require_pair(name: str, value: Any, allowed: str = "a pair of whole numbers, 1 or more") -> None:
     """Raises a ValueError that names the field, unless `value` is two whole numbers, each 1 or more."""
     if not hasattr(value, "__len__") or len(value) != 2 or not all(map(is_count, value)):
-        raise ValueError(
-            f"{name}={value!r} must be a pair of whole numbers, 1 or more, for height and width, as (3, 3)."
-        )
+        raise ValueError(f"{name}={value!r} must be {allowed}, for height and width, as (3, 3).")
 
 
 def is_finite(value: Any) -> bool:

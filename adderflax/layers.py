@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.fields import is_count, require_choice, require_count, require_pair
+from adderflax.fields import is_count, require_choice, require_count, require_flag, require_pair
 from adderflax.operators import GradientRule, adder_conv, adder_matmul
 from adderflax.operators._depthwise import depthwise_conv
 from adderflax.operators._origin import distance_from_origin
@@ -158,6 +158,9 @@ class AdderConv(nn.Module):
         _require_layer(self)
         require_pair("kernel_size", self.kernel_size)
         window = geometry(self)
+        if getattr(inputs, "ndim", 0) != 4:
+            given = f"shape {inputs.shape}" if hasattr(inputs, "shape") else repr(inputs)
+            raise ValueError(f"AdderConv takes an array of images [N, H, W, C], but got {given}.")
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
@@ -204,7 +207,7 @@ def geometry(layer: AdderConv) -> dict[str, Any]:
     pairs = {name: getattr(layer, name) for name in ("strides", "dilation")}
     pairs = {name: (value, value) if is_count(value) else value for name, value in pairs.items()}
     for name, value in pairs.items():
-        require_pair(name, value)
+        require_pair(name, value, "a whole number, 1 or more, or a pair of them")
     return pairs | {
         "padding": canonical_padding(layer.padding),
         "feature_group_count": layer.feature_group_count,
@@ -213,7 +216,7 @@ def geometry(layer: AdderConv) -> dict[str, Any]:
 
 def _require_layer(layer: AdderDense | AdderConv) -> None:
     for name in ("power_activation", "centered"):
-        require_choice(name, getattr(layer, name), (True, False))
+        require_flag(name, getattr(layer, name))
     require_normalization(layer.normalization, layer.power_activation)
     if not is_count(layer.features):
         raise ValueError(f"features={layer.features!r} must be a whole number, 1 or more, of outputs.")

@@ -153,6 +153,17 @@ def test_a_description_with_a_rule_of_a_file_is_hashable():
     assert hash(config) == hash(EncoderConfig(grad_inputs=("hardtanh", 4.0)))
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_flags_may_be_those_of_numpy(flag):
+    tokens = jnp.ones((1, 5, 8))
+    config = dataclasses.replace(SMALL, identity=np.bool_(flag), centered=np.bool_(flag))
+    found, expected = (
+        AdderSelfAttention(given).init_with_output(jax.random.key(0), tokens)[0]
+        for given in (config, dataclasses.replace(SMALL, identity=flag, centered=flag))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_mlp_formula():
     x = np.asarray(tokens(), np.float64)
     module = AdderMlp(SMALL)
@@ -256,7 +267,8 @@ def test_stochastic_depth_drops_whole_branches_and_rescales():
         ({"drop_path_rate": "0.1"}, "drop_path_rate='0.1' must be a number"),
         ({"drop_path_rate": None}, "drop_path_rate=None must be a number"),
         *(
-            ({name: "no"}, f"{name}='no' is not known; choose one of True, False")
+            ({name: value}, f"{name}={value!r} must be True or False")
+            for value in ("no", 1)
             for name in ("identity", "power_activation", "centered", "use_bias", "remat")
         ),
         ({"mlp_dim": 0}, "mlp_dim=0 must be a whole number, at least 1, or None"),

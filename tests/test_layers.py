@@ -182,9 +182,15 @@ def test_inputs_are_arrays_with_features(inputs):
         AdderDense(3).init(jax.random.key(0), inputs)
 
 
+@pytest.mark.parametrize("inputs", [[[1.0, 2.0]], jnp.ones((6, 6, 3))], ids=["list", "one image"])
+def test_images_are_an_array_of_four_axes(inputs):
+    with pytest.raises(ValueError, match=r"AdderConv takes an array of images \[N, H, W, C\], but got "):
+        AdderConv(3, (3, 3)).init(jax.random.key(0), inputs)
+
+
 @pytest.mark.parametrize("layer", [AdderDense(4, centered="no"), AdderConv(4, (1, 1), power_activation="no")])
 def test_flags_are_true_or_false(layer):
-    with pytest.raises(ValueError, match="='no' is not known; choose one of True, False"):
+    with pytest.raises(ValueError, match="='no' must be True or False"):
         layer.init(jax.random.key(0), tokens((1, 4, 4, 8)))
 
 
@@ -192,7 +198,12 @@ def test_flags_are_true_or_false(layer):
 @pytest.mark.parametrize("value", [0, (3,), (3, 0), (3.0, 3), (True, 3), "33"], ids=repr)
 def test_the_window_of_a_convolution_is_given_in_pairs(name, value):
     layer = AdderConv(**{"features": 8, "kernel_size": (3, 3)} | {name: value})
-    with pytest.raises(ValueError, match=rf"^{name}=.* must be a pair of whole numbers.*, as \(3, 3\)\."):
+    told = (
+        "a pair of whole numbers, 1 or more,"
+        if name == "kernel_size"
+        else "a whole number, .* or a pair of them"
+    )
+    with pytest.raises(ValueError, match=rf"^{name}=.* must be {told}.*, as \(3, 3\)\."):
         layer.init(jax.random.key(0), tokens((1, 4, 4, 8)))
 
 

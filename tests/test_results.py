@@ -386,16 +386,20 @@ def test_accuracies_with_centered_templates():
     assert f"on all images it is {behind[0]} behind (three)" in readme
     assert f"a small model {behind[0]} points behind (three seeds)" in CLAIMS
     mean = {name: np.mean(found[f"long-{name}"]) for name in long}
-    slower = f"{mean['multiply'] - mean['multiply-lr6']:.1f}"
-    assert f"Twice the learning rate, which is better for the twin after 3 epochs, costs it {slower}" in page
+    lower, higher = np.subtract(found["long-multiply-lr6"], twin[:2])
+    assert f"has it at {-lower:.1f} less with one seed and {higher:.1f} more with the other" in page
     taught = mean[f"{clipped}-taught"]
     more, less = taught - mean["adder-taught"], mean["multiply-taught"] - taught
-    ahead = f"{taught - twin[0]:.1f} ahead of its teacher, and {less:.1f} behind"
-    assert f"Taught by the twin's first seed it is {ahead} a twin that is taught as well" in page
+    ahead, behind = (
+        f"{taught - twin[0]:.1f} ahead of its teacher",
+        f"and {less:.1f} behind a twin that is taught",
+    )
+    told = f"{ahead}, {taught - mean['multiply']:.1f} ahead of that twin's mean, {behind} as well"
+    assert f"Taught by the twin's first seed it is {told}" in page
     each = sorted(np.subtract(found[f"long-{clipped}-taught"], found["long-adder-taught"]))
     assert f"is worth {more:.1f} points, {each[0]:.1f} to {each[-1]:.1f} seed by seed" in page
-    assert f"{ahead} a twin that is taught as well (three seeds)" in readme
-    assert f"{taught - twin[0]:.1f} ahead of its teacher (three seeds)" in " ".join(CLAIMS.split())
+    assert f"{ahead}, {behind} as well (three seeds of each, one teacher)" in readme
+    assert f"{ahead} (three seeds, one teacher) {behind} as well" in " ".join(CLAIMS.split())
 
 
 @jax.numpy_dtype_promotion("standard")

@@ -187,6 +187,18 @@ def test_real_images(tmp_path, config, overrides, examples):
         assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+def test_an_evaluation_that_is_interrupted_ends_quietly():
+    interrupted = """
+import os, runpy, signal, sys
+from adderflax.training import trainer
+trainer.evaluate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), signal.pause())
+sys.argv = ["train.py", "--workdir=runs/any", "--eval_only"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+    done = run("-c", interrupted)
+    assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
+
+
 def test_missing_configuration():
     assert "--config is missing" in error()
     assert "no configuration file configs/no_such.py" in error("--config", "configs/no_such.py")

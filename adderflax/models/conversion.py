@@ -158,18 +158,21 @@ def warm_start_layer(
     normalization give each output the mean and the deviation, over all inputs, that it had.
 
     Args:
-      layer: the layer to start, with ``normalization="layer"``.
+      layer: the layer to start, an `AdderDense` or `AdderConv` with ``normalization="layer"``.
       params: of an `nn.Dense`, "kernel" [in, features], or of an `nn.Conv` with the same window, "kernel"
         [height, width, in / feature_group_count, features]; and "bias" [features] where it has one.
-      inputs: what the layer meets, [..., in] or [N, H, W, in]; some hundred samples give stable moments.
+      inputs: what the layer meets, [..., in] or [N, H, W, in], two vectors or more, of which some hundred
+        give stable moments.
 
     Returns:
       What ``layer.apply({"params": ...}, inputs)`` takes, float32.
 
     Raises:
-      ValueError: the layer has no normalization, features are in groups but not depthwise, or the shapes do
-        not fit; the message says which.
+      ValueError: the layer is none that adds, or has no normalization, features are in groups but not
+        depthwise, or the shapes do not fit; the message says which.
     """
+    if not isinstance(layer, (AdderDense, AdderConv)):
+        raise ValueError(f"The layer to start must be an AdderDense or AdderConv, got {layer!r}.")
     if "kernel" not in params:
         raise ValueError(
             f"params has {', '.join(map(repr, params))}, but needs 'kernel', and 'bias' where there is one:"
@@ -189,6 +192,19 @@ def warm_start_layer(
             f"The kernel has shape {kernel.shape}, but with inputs {inputs.shape} the layer's templates have"
             f" {wanted}. Give the parameters of a layer with as many inputs and features and the same window."
         )
+    if math.prod(inputs.shape[:-1]) < 2:
+        raise ValueError(
+            f"The inputs have shape {inputs.shape}: of fewer than two vectors there is no deviation to match."
+            " Give what the layer meets, some hundred."
+        )
+    bias = (
+        jnp.zeros(layer.features) if params.get("bias") is None else jnp.asarray(params["bias"], jnp.float32)
+    )
+    if bias.shape != (layer.features,):
+        raise ValueError(
+            f"The bias has shape {bias.shape}, but a layer of {layer.features} features has one of"
+            f" ({layer.features},)."
+        )
     if isinstance(layer, AdderConv):
         if 1 < (groups := layer.feature_group_count) != inputs.shape[-1]:
             raise ValueError(
@@ -207,7 +223,6 @@ def warm_start_layer(
         )
     else:
         outputs = inputs @ kernel
-    bias = jnp.asarray(params.get("bias", 0.0), jnp.float32)
     outputs = outputs + jnp.broadcast_to(bias, outputs.shape)
     part = {path: _neutral(path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items()}
     part[_TEMPLATES] = dense_templates(kernel, inputs)

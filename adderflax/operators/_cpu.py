@@ -79,7 +79,8 @@ def _run(method: str, rule: Rule | None, *operands: jax.Array) -> jax.Array:
     elif rule is not None:
         # slope * clip(d, -limit, limit) g, without the slope in the kernel; sign(d) g where the limit is 0.
         slope = rule.slope if rule.kind == "hardtanh" else 1.0
-        if not _SLOPES[0] <= slope <= _SLOPES[1]:  # slope * g could leave float32's range
+        # Here slope * g stays in float32's range for g of 2^-100 to 2^100, beyond it might not.
+        if not _SLOPES[0] <= slope <= _SLOPES[1]:
             return _plain(method, rule, *operands)
         operands = (x, y, operands[2] * slope if slope != 1.0 else operands[2])
         attributes = {"limit": np.float32(1.0 / slope if rule.kind == "hardtanh" else 0.0)}

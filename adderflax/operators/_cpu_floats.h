@@ -160,12 +160,12 @@ inline uint32_t at_least(Vector a, Vector b) {
 #endif
 }
 
-// Up to here float32 holds every whole number.
-constexpr float kWhole = 1 << 24;
+// Up to here float32 holds every whole number, and a sum of them that was rounded lies above.
+constexpr float kWhole = (1 << 24) - 1;
 
 // A sum d of |a - b| was found as 2 sum max(a, b) - sum a - sum b: of each lane, whether that is taken. What is
 // rounded on the way is no larger than the sums of |a| and |b|, their sizes, so that it is not where d is small
-// beside these. Nor where they exceed 2^24, so that whole numbers are summed exactly up to there, nor where they are
+// beside these. Nor where they reach 2^24, so that whole numbers are summed exactly up to there, nor where they are
 // not finite.
 inline uint32_t exact(Vector d, Vector row_size, Vector column_size) {
   const Vector size = row_size + column_size;

@@ -60,7 +60,7 @@ inline void store_first(float* to, Vector vector, int64_t lanes) {
 
 inline Vector magnitude(Vector d) { return (Vector)((Integers)d & 0x7fffffff); }
 
-// x86's processors multiply and add in other units than those that add, subtract and compare. So a sum of v times
+// AMD's processors multiply and add in other units than those that add, subtract and compare. So a sum of v times
 // 1, and a difference of b times 1, cost nothing where those are busy; they are rounded once, and so the same. The
 // compiler must not know that it is 1.
 #if defined(ADDERFLAX_AVX512) || (defined(ADDERFLAX_AVX2) && defined(__FMA__))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from adderflax.operators import _attention_xla
@@ -85,7 +86,7 @@ def adder_attention(
     check_implementation(implementation)
     flags = {"is_causal": is_causal, "identity": identity, "return_weights": return_weights}
     for name, flag in flags.items():
-        if not isinstance(flag, bool):
+        if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"{name}: needs True or False, got {flag!r}.")
     _check_name("similarity", similarity)
     _check_name("aggregation", aggregation)

@@ -152,7 +152,8 @@ def _check_window(x, kernel, strides, padding, dilation, groups) -> Window:
 
 def _pair(values, argument) -> tuple[int, int]:
     two = (values, values) if is_whole(values) else values
-    if isinstance(two, str) or not hasattr(two, "__len__") or len(two) != 2:
+    listed = isinstance(two, Sequence) and not isinstance(two, str) or getattr(two, "ndim", 0) == 1
+    if not listed or len(two) != 2:
         raise ValueError(f"{argument}={values!r} needs a whole number, or two, for height and width.")
     for value in two:
         if not is_whole(value):

@@ -87,8 +87,9 @@ def _imported(name: str, argument: str) -> Callable[[jax.Array], jax.Array]:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # of a module that is not ours
         raise ValueError(
-            f"{argument}: the gradient rule {name!r} cannot be imported: {error}. It names a function in a"
-            f" Python module; put the module's directory on PYTHONPATH. Allowed are {ALLOWED_RULES}."
+            f"{argument}: the gradient rule {name!r} cannot be imported, {type(error).__name__}: {error}. It"
+            " names a function in a Python module; put the module's directory on PYTHONPATH. Allowed are"
+            f" {ALLOWED_RULES}."
         ) from error
     if not callable(found):
         raise ValueError(f"{argument}: the gradient rule {name!r} is no function, but {found!r}.")

@@ -112,6 +112,11 @@ def default_config(arithmetic: str = "adder") -> ConfigDict:
     return config
 
 
+def older_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What the fields had, in effect, in a run with this plain configuration that is older than they are."""
+    return default_config(config["model"]["arithmetic"]).to_dict()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run, typed and checked.

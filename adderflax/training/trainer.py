@@ -15,7 +15,7 @@ from adderflax.models.families import build_model
 from adderflax.training import distributed, divergence, environment, inheritance, profiling, sharding
 from adderflax.training import workdir as workdir_lib
 from adderflax.training.checkpoints import Checkpointer
-from adderflax.training.config import RunConfig, as_config_error, default_config
+from adderflax.training.config import RunConfig, as_config_error, older_defaults
 from adderflax.training.metrics import MetricsWriter, last_speed
 from adderflax.training.preemption import StopSignals
 from adderflax.training.restore import (
@@ -186,8 +186,9 @@ def train(
       ConfigError: the configuration cannot be run.
       adderflax.data.DatasetNotReadyError: the data set is not there and cannot be prepared.
       adderflax.training.workdir.WorkdirError: the workdir cannot be written, is being written by
-        another process, holds another run, one of another data set than is here today, one that has left
-        out more updates than are allowed, or figures without checkpoints, or all its checkpoints are damaged.
+        another process, holds another run, one of another data set or teacher than is here today, one that
+        has left out more updates than are allowed, or figures without checkpoints, or all its checkpoints
+        are damaged.
       DivergenceError: the loss, the gradient or the parameters became infinite or NaN.
       adderflax.training.preemption.Preempted: SIGTERM or SIGINT came; the last update is saved, if any.
     """
@@ -205,7 +206,7 @@ def train(
             # The first process writes; it holds the directory for all.
             if first_process:
                 held.enter_context(workdir_lib.writing(workdir))
-                workdir_lib.open_workdir(workdir, plain, extend=extend, defaults=_defaults(plain))
+                workdir_lib.open_workdir(workdir, plain, extend=extend, defaults=older_defaults(plain))
             return Path(workdir).absolute()
 
         workdir = distributed.first_process_first(hold, "open_workdir")
@@ -365,7 +366,7 @@ def evaluate(
         `best` asks for it, or a run that has learned from another data set than is here today.
     """
     if config is not None:
-        workdir_lib.require_same(workdir, config.to_dict(), defaults=_defaults(config.to_dict()))
+        workdir_lib.require_same(workdir, config.to_dict(), defaults=older_defaults(config.to_dict()))
     described = data_from(config_here(workdir) if config is None else config.to_dict(), data_dir)
     if best and not workdir_lib.has_checkpoints(workdir):
         load_model(workdir, best=True)  # tells why there is none, before data is read
@@ -392,11 +393,6 @@ def _require_same_sources(workdir: Path, trainer: Trainer) -> None:
                 workdir_lib.require_same_teacher(workdir, teacher, trainer.teacher_digest)
 
     distributed.first_process_first(compare, "require_same_sources")
-
-
-def _defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """What the fields had, in effect, in a run that is older than they are."""
-    return default_config(config["model"]["arithmetic"]).to_dict()
 
 
 def _line(step: int, figures: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +211,25 @@ def test_layers_that_cannot_be_converted(layer, shape, told):
         warm_start_layer(layer, {"kernel": jnp.ones(shape)}, inputs)
     with pytest.raises(ValueError, match="params has 'params', but needs 'kernel'"):
         warm_start_layer(layer, {"params": {"kernel": jnp.ones(shape)}}, inputs)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1,), (24, 1), (24, 24), ()], ids=str)
+def test_a_bias_has_one_number_a_feature(shape):
+    params = {"kernel": jnp.ones((16, 24)), "bias": jnp.ones(shape)}
+    told = rf"The bias has shape {re.escape(str(shape))}, but a layer of 24 features has one of \(24,\)\."
+    with pytest.raises(ValueError, match=told):
+        warm_start_layer(AdderDense(24), params, jnp.ones((4, 16)))
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (0, 16)], ids=str)
+def test_moments_are_those_of_several_inputs(shape):
+    with pytest.raises(ValueError, match="fewer than two vectors there is no deviation to match"):
+        warm_start_layer(AdderDense(24), {"kernel": jnp.ones((16, 24))}, jnp.ones(shape))
+
+
+def test_only_layers_that_add_are_started():
+    with pytest.raises(ValueError, match="must be an AdderDense or AdderConv, got Dense"):
+        warm_start_layer(nn.Dense(24), {"kernel": jnp.ones((16, 24))}, jnp.ones((4, 16)))
 
 
 def test_another_similarity_keeps_the_deviation_of_attention_logits():

@@ -336,6 +336,8 @@ BAD_CALLS = {
     "three strides": (ValueError, (X, KERNEL), {"strides": (2, 2, 2)}, ["strides=(2, 2, 2)", "or two"]),
     "no strides": (ValueError, (X, KERNEL), {"strides": None}, ["strides=None", "whole number, or two"]),
     "text": (ValueError, (X, KERNEL), {"strides": "22"}, ["strides='22'", "whole number, or two"]),
+    "one in an array": (ValueError, (X, KERNEL), {"strides": np.array(2)}, ["array(2)", "number, or two"]),
+    "a set of strides": (ValueError, (X, KERNEL), {"strides": {1, 2}}, ["{1, 2}", "whole number, or two"]),
     "true": (ValueError, (X, KERNEL), {"dilation": True}, ["dilation=True", "whole number, or two"]),
     "dilation": (TypeError, (X, KERNEL), {"dilation": (1.5, 1)}, ["dilation=(1.5, 1)", "float"]),
     "padding": (ValueError, (X, KERNEL), {"padding": "FULL"}, ["'FULL'", "'SAME'", "'VALID'", "a pair"]),

@@ -129,7 +129,7 @@ def test_a_rule_may_be_named(tmp_path, monkeypatch):
     assert EncoderConfig(grad_key="rules_of_mine:smooth").grad_key == "rules_of_mine:smooth"
     (tmp_path / "rules_that_fail.py").write_text("def smooth(d) return d\n")
     for name, told in (
-        ("rules_that_fail:smooth", "cannot be imported: expected ':'"),
+        ("rules_that_fail:smooth", "cannot be imported, SyntaxError: expected ':'"),
         (".rules_of_mine:smooth", "relative import"),
         ("HardTanh:4", 'Allowed are "full", "hardtanh"'),
         ("rules_of_mine:rough", "module 'rules_of_mine' has no attribute 'rough'. It names a function"),
