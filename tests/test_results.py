@@ -515,11 +515,13 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
     assert new["devices"] == old["devices"] == ["NVIDIA H200"]
     cells = row("CIFAR-10 in full, 3.9 M parameters, 50 epochs on an H200, seed 0")
     assert cells[1].startswith(f"{new['test_accuracy']:.4f};") and new["config"]["epochs"] == 50
-    warm, longer, mixed, helped = (read(f"warm{name}") for name in ("", "_longer", "_mixed", "_twin"))
-    for run in (warm, longer, mixed, helped):
+    names = ("", "_longer", "_mixed", "_clipped", "_twin")
+    warm, longer, mixed, clipped, helped = (read(f"warm{name}") for name in names)
+    for run in (warm, longer, mixed, clipped, helped):
         assert run["test_examples"] == 10_000 and f"| {run['test_accuracy']:.4f} |" in page
     seconds = [f"{run['seconds']:,.0f}" for run in (warm, longer, mixed, helped)]
-    assert "They took {}, {}, {} and {} s".format(*seconds) in page
+    assert "The first three and the twin's took {}, {}, {} and {} s".format(*seconds) in page
+    assert f"in three pieces, {clipped['seconds']:,.0f} s in the last" in page
     assert cells[1] == f"{new['test_accuracy']:.4f}; {helped['test_accuracy']:.4f} with the same help"
     assert helped["config"]["model"] == warm["config"]["model"] | {"arithmetic": "multiply"}
     assert {**helped["config"], "model": 0} == {**warm["config"], "model": 0}
@@ -576,14 +578,16 @@ def test_the_figures_of_the_h200_are_those_of_its_files():
 def test_the_table_of_the_warm_runs_is_what_they_wrote():
     lines = (RESULTS / "cifar10.md").read_text().splitlines()
     found = {}
-    runs = (("warm", "first"), ("warm_longer", "second"), ("warm_mixed", "third"), ("warm_twin", "twin's"))
-    for run, ordinal in runs:
+    adder = ("warm", "warm_longer", "warm_mixed", "warm_clipped")
+    for run, ordinal in zip((*adder, "warm_twin"), ("first", "second", "third", "fourth", "twin's")):
         row_of_run = f"| {ordinal} run, v"
         told = next(line for line in lines if line.startswith(row_of_run)).split("|")[2:-1]
         written = map(json.loads, (RESULTS / "cifar10" / run / "metrics.jsonl").read_text().splitlines())
         found[run] = [f"{x['validation_accuracy']:.3f}" for x in written if "validation_accuracy" in x]
         assert [cell.strip() for cell in told if cell.strip()] == found[run]
-    assert [len(accuracies) for accuracies in found.values()] == [6, 4, 6, 6]
+        test = json.loads((RESULTS / "cifar10" / run / "summary.json").read_text())["test_accuracy"]
+        assert f"| {ordinal} run, test accuracy | | | | | | {test:.4f} |" in lines
+    assert [len(accuracies) for accuracies in found.values()] == [6, 4, 6, 6, 6]
 
 
 def test_the_table_of_widths_is_that_of_its_lines():
