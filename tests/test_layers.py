@@ -209,7 +209,7 @@ def test_the_window_of_a_convolution_is_given_in_pairs(name, value):
 
 @pytest.mark.parametrize(
     "value",
-    [None, 1.0, True, (1,), (1, None), (1, (2,)), (1, (0, 2.0)), (1, (0, True)), ("1", "2")],
+    [None, 1.0, True, {1, 2}, (1,), (1, None), (1, (2,)), (1, (0, 2.0)), (1, (0, True)), ("1", "2")],
     ids=repr,
 )
 def test_paddings_are_names_or_whole_numbers(value):

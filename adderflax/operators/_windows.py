@@ -56,8 +56,10 @@ def canonical_padding(padding: Any) -> str | tuple[tuple[int, int], tuple[int, i
         return (value, value) if is_whole(value) else value
 
     try:
+        if isinstance(padding, (set, frozenset)):
+            raise TypeError("a set has no order")
         (top, bottom), (left, right) = map(two, two(padding))
-    except (TypeError, ValueError):  # nothing that has two entries
+    except (TypeError, ValueError):  # nothing that has two entries in order
         top = bottom = left = right = None
     if not all(map(is_whole, (top, bottom, left, right))):
         raise ValueError(
