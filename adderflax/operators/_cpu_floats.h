@@ -12,6 +12,13 @@ namespace {
 // |a - b|, or max(a, b) in its place; or the rule of gradients, and whether A or B is what it is multiplied by.
 enum class Term { kForward, kMaximum, kHardtanhA, kSignA, kHardtanhB, kSignB };
 
+// How distances are summed here.
+#if defined(ADDERFLAX_FUSED)
+constexpr Term kDistance = Term::kMaximum;
+#else
+constexpr Term kDistance = Term::kForward;
+#endif
+
 constexpr bool is_gradient(Term term) { return term != Term::kForward && term != Term::kMaximum; }
 
 // Rows of a tile that is `vectors` wide: sums, and for gradients H, fill the registers.

@@ -38,11 +38,7 @@ using S32 = ffi::Buffer<ffi::S32>;
 
 ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 y, ffi::Result<F32> out) {
   Floats f = {x.typed_data(), y.typed_data(), nullptr, out->typed_data(), lengths(*out, axis(x, 1))};
-#if defined(ADDERFLAX_FUSED)
-  run<Term::kMaximum>(pool, f);
-#else
-  run<Term::kForward>(pool, f);
-#endif
+  run<kDistance>(pool, f);
   return ffi::Error::Success();
 }
 

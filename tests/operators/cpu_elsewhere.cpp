@@ -33,12 +33,7 @@ int main(int, char** arguments) {
   ffi::ThreadPool pool;
   std::vector<float> out(b * m * n), dx(b * m * k), dy(b * k * n);
   std::vector<int32_t> sums(b * m * n);
-#if defined(ADDERFLAX_FUSED)
-  constexpr Term kForward = Term::kMaximum;
-#else
-  constexpr Term kForward = Term::kForward;
-#endif
-  run<kForward>(pool, Floats{x.data(), y.data(), nullptr, out.data(), {b, m, n, k}});
+  run<kDistance>(pool, Floats{x.data(), y.data(), nullptr, out.data(), {b, m, n, k}});
   write(out);
   const Floats of_x{g.data(), y.data(), x.data(), dx.data(), {b, m, k, n}, false, true, limit};
   const Floats of_y{x.data(), g.data(), y.data(), dy.data(), {b, k, n, m}, true, false, limit};
