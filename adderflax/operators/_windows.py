@@ -42,6 +42,32 @@ class Window(NamedTuple):
         )
         return height, width
 
+    def transposed(self, kernel: jax.Array) -> tuple[jax.Array, "Window"]:
+        """The kernel and window with which a convolution of cotangents has the pixels of x as its result.
+
+        Position (i, j) of the kernel, mirrored, is what pixel (h, w) meets in the window of the result's
+        pixel (h - i, w - j), both counted in steps of the dilation and shifted by the padding.
+
+        Args:
+            kernel: [height, width, C / groups, O].
+
+        Returns:
+            The kernel as [height, width, O / groups, C], and a window of strides 1.
+
+        Raises:
+            ValueError: the strides are not 1: between the windows of a pixel there would be gaps.
+        """
+        if self.strides != (1, 1):
+            raise ValueError(f"Only windows of strides (1, 1) are transposed, not {self.strides}.")
+        height, width, channels, filters = kernel.shape
+        padding = tuple(
+            (reach - 1 - before, reach - 1 - after)
+            for reach, (before, after) in zip(self.reach(kernel.shape), self.padding)
+        )
+        split = kernel.reshape(height, width, channels, self.groups, filters // self.groups)
+        mirrored = jnp.flip(split.swapaxes(2, 4), (0, 1)).reshape(height, width, -1, channels * self.groups)
+        return mirrored, self._replace(padding=padding)
+
 
 def canonical_padding(padding: Any) -> str | tuple[tuple[int, int], tuple[int, int]]:
     """Padding as users write it as ((top, bottom), (left, right)); a known name stays as it is.

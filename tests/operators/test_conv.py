@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +89,14 @@ CASES = [
     Case((2, 5, 5, 0), (3, 3, 0, 4), rules=("full", "full")),
     Case((2, 5, 5, 3), (3, 3, 3, 0), rules=("sign", "full")),
 ]
+# Their gradient for x is gathered on a CPU.
+GATHERED = [
+    Case((2, 7, 6, 17), (3, 3, 17, 5)),
+    Case((1, 6, 7, 32), (2, 3, 16, 6), (1, 1), ((3, -1), (0, 4)), (2, 1), 2, rules=("sign", "hardtanh")),
+    Case((1, 5, 8, 16), (4, 2, 16, 3), (1, 1), "SAME_LOWER", (1, 2), rules=(("hardtanh", 0.25), "full")),
+    Case((2, 8, 7, 18), (3, 2, 18, 20), padding="VALID", rules=(("hardtanh", 4.0), "full")),
+]
+CASES += GATHERED
 CASES = [
     dataclasses.replace(case, dtypes=reference.DTYPE_PAIRS[i % len(reference.DTYPE_PAIRS)])
     for i, case in enumerate(CASES)
@@ -155,7 +165,7 @@ RUNS += [
     (name, case)
     for name in available_implementations("cpu")
     if name != "xla"
-    for case in (*CASES[1:8:3], CASES[8])
+    for case in (*CASES[1:8:3], CASES[8], *GATHERED[: 4 if name == "cpu" else 1])
 ]
 
 
@@ -171,7 +181,11 @@ def test_conformance(implementation, case):
             reference.assert_within(np.asarray(value), wanted, terms, f"{what} at {scales}")
 
 
-@pytest.mark.parametrize("case, rows", [(CASES[1], 1), (CASES[2], 2), (CASES[7], 2)], ids=str)
+@pytest.mark.parametrize(
+    "case, rows",
+    [(CASES[1], 1), (CASES[2], 2), (CASES[7], 2), (CASES[-4], 2), (CASES[-3], 3), (CASES[-1], 2)],
+    ids=str,
+)
 def test_blocks_of_rows(case, rows, monkeypatch):
     # Every case above is one block.
     x, kernel, g = case.operands((1.0, 1.0))
@@ -202,6 +216,29 @@ def assert_close(actual, expected, tolerance=1e-5):
         assert a.shape == e.shape and a.dtype == e.dtype
         bound = tolerance * max(1.0, float(np.abs(e).max()))
         np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    "kernel, options, gathers",
+    [
+        ((3, 3, 16, 5), {}, True),
+        ((3, 3, 16, 5), {"dilation": 2, "grad_x": "sign"}, True),
+        ((3, 3, 16, 4), {"feature_group_count": 2}, True),
+        ((3, 3, 15, 5), {}, False),
+        ((1, 1, 16, 5), {}, False),
+        ((3, 3, 16, 5), {"strides": (1, 2)}, False),
+        ((3, 3, 16, 5), {"implementation": "reference"}, False),
+    ],
+    ids=str,
+)
+def test_what_is_gathered_on_a_cpu(kernel, options, gathers):
+    patch = math.prod(kernel[:3])
+    operands = normal(0, 1, 8, 8, kernel[2] * options.get("feature_group_count", 1)), normal(1, *kernel)
+    program = jax.jit(functools.partial(gradients, **options))
+    for platform, columns in (("cpu", kernel[2] if gathers else patch), ("cuda", patch)):
+        text = jax.export.export(program, platforms=[platform])(*operands).mlir_module()
+        rows = re.findall(r"@adder_matmul_gradient_x\w*\(%arg0: tensor<(?:\d+x)+(\d+)xf32>", text)
+        assert rows and set(rows) == {str(columns)}, platform
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6, 8, 12, 15])
