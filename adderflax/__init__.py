@@ -4,13 +4,9 @@ Importing this needs jax, flax and numpy. Data, training and analysis live in su
 ``train`` extra.
 """
 
-from adderflax.encoder import (
-    AdderCrossAttention,
-    AdderMlp,
-    AdderSelfAttention,
-    EncoderBlock,
-    EncoderConfig,
-)
+from adderflax.attention import AdderCrossAttention, AdderSelfAttention
+from adderflax.encoder import AdderMlp, EncoderBlock
+from adderflax.encoder_config import EncoderConfig
 from adderflax.layers import AdderConv, AdderDense
 from adderflax.models import AdderResNet, AdderResNetConfig, VisionTransformer, VisionTransformerConfig
 from adderflax.operators import adder_attention, adder_conv, adder_matmul

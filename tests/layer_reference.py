@@ -1,7 +1,14 @@
 """What layers compute, in float64, and inputs and parameters for them."""
 
+import dataclasses
+
 import jax
 import numpy as np
+
+from adderflax import EncoderConfig
+
+SMALL = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=12, implementation="reference")
+MULTIPLY = dataclasses.replace(SMALL, linear="multiply", output_projection="multiply", similarity="dot")
 
 
 def layer_norm(x, epsilon=1e-6):

@@ -46,7 +46,7 @@ from adderflax.analysis.integer_only import (
 from adderflax.analysis.integer_only_reference import LIMITS, IntegerOnly
 from adderflax.analysis.integers import BITS, IntegerModel, IntegerOperation, in_float32, quantize
 from adderflax.data import DatasetInfo, evaluation_batches, load_dataset, normalize_batch
-from adderflax.encoder import EncoderConfig
+from adderflax.encoder_config import EncoderConfig
 from adderflax.models.families import build_model
 from adderflax.training import environment
 from adderflax.training.config import RunConfig

@@ -30,7 +30,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from adderflax.analysis.grids import best_exponent, on_grid, rounded
-from adderflax.encoder import AdderCrossAttention, AdderSelfAttention
+from adderflax.attention import AdderCrossAttention, AdderSelfAttention
 from adderflax.layers import AdderConv, AdderDense, distances_computed_by, geometry
 from adderflax.operators import adder_conv, adder_matmul
 from adderflax.operators._integer import EXACT

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.encoder import EncoderBlock, EncoderConfig, convolution, dense
+from adderflax.encoder import EncoderBlock
+from adderflax.encoder_config import EncoderConfig, convolution, dense
 from adderflax.fields import require_choice, require_count, require_known
 from adderflax.layers import ARITHMETICS, Exponent, layer_norm
 from adderflax.models.classifier import require_images

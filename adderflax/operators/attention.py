@@ -53,8 +53,10 @@ def adder_attention(
 
     Args:
         query: [B, T, H, D] or [T, H, D]; float32, bfloat16 or float16.
-        key: [B, S, H, D] or [S, H, D], likewise.
-        value: [B, S, H, D] or [S, H, D], likewise.
+        key: [B, S, H, D] or [S, H, D], likewise; or fewer heads than the query has, as many as divide its: of
+            H / G, head h of the query meets head h // G, as in `jax.nn.dot_product_attention` ("grouped
+            queries"; the G copies exist in memory).
+        value: as key, of any depth.
         mask: boolean, True where a query attends, broadcastable to [B, H, T, S] (rank-3
             operands: [H, T, S]).
         bias: floating, broadcastable likewise, added after the scale.
@@ -107,6 +109,9 @@ def adder_attention(
     bias = _broadcastable(bias, "bias", logits_shape, single)
 
     query, key, value = (jnp.transpose(array, (0, 2, 1, 3)) for array in (query, key, value))
+    if key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (jnp.repeat(array, groups, axis=1) for array in (key, value))
     if scale is None:
         scale = default_attention_scale(similarity, query.shape[-1])
     number = float(scale) if isinstance(scale, numbers.Real) else None
@@ -302,8 +307,13 @@ def _check_shapes(query, key, value, identity) -> None:
             f"adder_attention: key and value may differ in depth only, got {shapes}; value needs "
             f"the shape {(*key.shape[:-1], value.shape[-1])}."
         )
-    if query.shape[:-3] != key.shape[:-3] or query.shape[-2] != key.shape[-2]:
-        raise ValueError(f"adder_attention: query and key need the same batch and heads, got {shapes}.")
+    heads, shared = query.shape[-2], key.shape[-2]
+    grouped = 0 < shared < heads and heads % shared == 0
+    if query.shape[:-3] != key.shape[:-3] or heads != shared and not grouped:
+        raise ValueError(
+            f"adder_attention: query and key need the same batch and heads, or the key fewer heads, of which"
+            f" the query's are a multiple; got {shapes}."
+        )
     if key.shape[-3] == 0:
         raise ValueError(f"adder_attention: key needs at least one token to attend to, got {shapes}.")
     if identity and query.shape[-3] != key.shape[-3]:

@@ -27,7 +27,7 @@ from adderflax import (
     VisionTransformerConfig,
 )
 from adderflax.analysis.integers import quantize
-from adderflax.encoder import AdderCrossAttention, AdderSelfAttention
+from adderflax.attention import AdderCrossAttention, AdderSelfAttention
 from adderflax.operators import adder_conv
 
 

@@ -69,6 +69,38 @@ def test_against_float64(tokens, heads, depth, similarity, aggregation, identity
     np.testing.assert_array_equal(out, adder_attention(*operands, **options))
 
 
+@pytest.mark.parametrize("similarity, aggregation", PAIRS)
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_queries_in_groups_share_a_key(batch, shared, similarity, aggregation):
+    options = dict(similarity=similarity, aggregation=aggregation)
+    query, *rest = (normal(i, *batch, 5, heads, 8) for i, heads in enumerate((6, shared, shared)))
+    every = [np.repeat(array, 6 // shared, axis=-2) for array in rest]
+    bias = normal(3, 6, 5, 5)
+    out, weights = adder_attention(query, *rest, bias=bias, return_weights=True, **options)
+    expected, expected_weights = expected_attention(query, *every, bias=bias, **options)
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-6, rtol=0)
+
+    def gradients(*operands):
+        loss = functools.partial(adder_attention, bias=bias, **options)
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(loss(*a))), (0, 1, 2)))(*operands)
+
+    found, copies = gradients(query, *rest), gradients(query, *every)
+    np.testing.assert_allclose(found[0], copies[0], atol=1e-5, rtol=0)
+    for gradient, copy in zip(found[1:], copies[1:]):
+        summed = np.asarray(copy).reshape(*batch, 5, shared, 6 // shared, 8).sum(-2)
+        np.testing.assert_allclose(gradient, summed, atol=1e-5 * np.abs(summed).max(), rtol=0)
+
+
+@pytest.mark.parametrize("shared", [1, 2, 6])
+def test_groups_are_those_of_jax(shared):
+    query, *rest = (normal(i, 2, 5, heads, 8) for i, heads in enumerate((6, shared, shared)))
+    expected = jax.nn.dot_product_attention(query, *rest, is_causal=True)
+    found = adder_attention(query, *rest, is_causal=True, similarity="dot", identity=False)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
 MASKS = {
     "causal": np.tril(np.ones((1, 1, 6, 6), bool)),
     "padding": np.arange(6)[None, None, None, :] < np.asarray([4, 6])[:, None, None, None],
@@ -280,6 +312,8 @@ BAD_CALLS = {
     "depth": (ValueError, (Q[..., :4], K, V), {}, ["query", "key", "depth", "(2, 4, 3, 4)"]),
     "value": (ValueError, (Q, K, V[:, :2]), {}, ["value", "(2, 2, 3, 8)", "(2, 4, 3, 8)"]),
     "heads": (ValueError, (Q[:, :, :1], K, V), {}, ["heads", "(2, 4, 1, 8)"]),
+    "grouped heads": (ValueError, (Q, K[:, :, :2], V[:, :, :2]), {}, ["multiple", "(2, 4, 2, 8)"]),
+    "no heads": (ValueError, (Q, K[:, :, :0], V[:, :, :0]), {}, ["multiple", "(2, 4, 0, 8)"]),
     "mask dtype": (TypeError, (Q, K, V), {"mask": np.ones((4, 4), np.float32)}, ["mask", "bool"]),
     "mask shape": (
         ValueError, (Q, K, V), {"mask": np.ones((2, 4, 4), bool)}, ["mask", "(2, 4, 4)"],

@@ -1,0 +1,129 @@
+"""Multi-head attention in adder, multiplying or mixed arithmetic, of tokens to themselves or to a context."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from adderflax.encoder_config import EncoderConfig, dense, one_batch, require_tokens
+from adderflax.layers import Array, Exponent
+from adderflax.operators import adder_attention
+
+
+class AdderSelfAttention(nn.Module):
+    """Multi-head self-attention in the arithmetic of `config`, [..., T, embed_dim] -> [..., T, embed_dim].
+
+    As in ``nn.MultiHeadDotProductAttention`` any axes may stand before the tokens, as [B] or [B, windows], or
+    none. Queries, keys and values are normalized over the whole embedding before the heads are split. The
+    attention map [..., num_heads, T, T], identity included, is sown as ``attention_weights`` whenever the
+    ``intermediates`` collection is mutable.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array, mask: Array | None = None, p: Exponent = 1.0) -> Array:
+        """Applies attention.
+
+        Args:
+          x_BxTxD: input tokens, [..., T, embed_dim].
+          mask: boolean, True where a query may see a key, broadcastable to [..., num_heads, T, T], as
+            ``nn.make_causal_mask(x_BxTxD[..., 0], dtype=bool)``.
+          p: exponent of the distance in the adder projections. Similarity and aggregation have no templates
+            to anneal and stay as configured: an L1 similarity is L1 at every p.
+
+        Raises:
+          ValueError: the tokens are not [..., T, embed_dim], or the mask does not fit them.
+        """
+        require_tokens(self.config, x_BxTxD, "AdderSelfAttention")
+        return _attend(self, x_BxTxD, x_BxTxD, mask, p)
+
+
+class AdderCrossAttention(nn.Module):
+    """Multi-head attention of tokens to a context, [..., T, embed_dim] -> [..., T, embed_dim].
+
+    As `AdderSelfAttention`, with the same parameters, but keys and values are of the context, which may have
+    another number and width of tokens. The identity needs as many: set ``identity=False`` where it has not.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: Array, context_BxSxC: Array, mask: Array | None = None, p: Exponent = 1.0
+    ) -> Array:
+        """Applies attention.
+
+        Args:
+          x_BxTxD: tokens that attend, [..., T, embed_dim].
+          context_BxSxC: tokens that are attended to, [..., S, C], with the same axes before them.
+          mask: boolean, True where a query may see a key, broadcastable to [..., num_heads, T, S].
+          p: as in `AdderSelfAttention`.
+
+        Raises:
+          ValueError: the tokens are not [..., T, embed_dim], the context is not [..., S, C] with the same
+            axes before, the mask does not fit them, or the identity is added where S is not T.
+        """
+        require_tokens(self.config, x_BxTxD, "AdderCrossAttention")
+        if context_BxSxC.ndim != x_BxTxD.ndim or context_BxSxC.shape[:-2] != x_BxTxD.shape[:-2]:
+            layout = ", ".join(map(str, (*x_BxTxD.shape[:-2], "S", "C")))
+            raise ValueError(
+                f"AdderCrossAttention takes a context [{layout}] for tokens {x_BxTxD.shape}, but got shape"
+                f" {context_BxSxC.shape}."
+            )
+        return _attend(self, x_BxTxD, context_BxSxC, mask, p)
+
+
+def _attend(
+    module: AdderSelfAttention | AdderCrossAttention,
+    x_BxTxD: Array,
+    context_BxSxC: Array,
+    mask: Array | None,
+    p: Exponent,
+) -> Array:
+    """The attention of x to the context, with layers that belong to the module, in its compact call."""
+    config, shape = module.config, x_BxTxD.shape
+    width = config.embed_dim // config.num_heads
+    if mask is not None:
+        mask = _of_one_batch(mask, (*shape[:-2], config.num_heads, shape[-2], context_BxSxC.shape[-2]))
+    x_BxTxD, context_BxSxC = one_batch(x_BxTxD), one_batch(context_BxSxC)
+
+    def heads(name: str, tokens: Array) -> Array:
+        projected = dense(config, config.linear, config.embed_dim, name)(tokens, p)
+        return projected.reshape(*tokens.shape[:2], config.num_heads, width)
+
+    query, key, value = (
+        heads(name, tokens)
+        for name, tokens in (("query", x_BxTxD), ("key", context_BxSxC), ("value", context_BxSxC))
+    )
+    capture = module.is_mutable_collection("intermediates")
+    attended = adder_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        identity=config.identity,
+        similarity=config.similarity,
+        aggregation=config.aggregation,
+        scale=config.attention_scale,
+        grad_query=config.grad_query,
+        grad_key=config.grad_key,
+        return_weights=capture,
+        implementation=config.implementation,
+    )
+    if capture:
+        attended, weights_BxHxTxS = attended
+        weights = weights_BxHxTxS.reshape(*shape[:-2], *weights_BxHxTxS.shape[1:])
+        module.sow("intermediates", "attention_weights", weights)
+    attended = attended.astype(config.compute_dtype).reshape(x_BxTxD.shape)
+    return dense(config, config.output_projection, config.embed_dim, "out")(attended, p).reshape(shape)
+
+
+def _of_one_batch(mask: Array, shape: tuple[int, ...]) -> Array:
+    """The mask for [..., H, T, S] as one for [B, H, T, S]; `adder_attention` checks the rest."""
+    if getattr(mask, "ndim", 0) <= 3 or len(shape) == 4:
+        return mask
+    try:
+        return jnp.broadcast_to(mask, (*shape[:-3], *mask.shape[-3:])).reshape(-1, *mask.shape[-3:])
+    except ValueError as error:
+        raise ValueError(
+            f"mask: shape {mask.shape} does not broadcast to {shape} ([..., heads, queries, keys])."
+        ) from error
