@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.encoder_config import EncoderConfig, dense, one_batch, require_tokens
+from adderflax.encoder_config import EncoderConfig, as_before, dense, one_batch, require_tokens
 from adderflax.layers import Array, Exponent
 from adderflax.operators import adder_attention
 
@@ -74,17 +74,17 @@ class AdderCrossAttention(nn.Module):
 
 def _attend(
     module: AdderSelfAttention | AdderCrossAttention,
-    x_BxTxD: Array,
-    context_BxSxC: Array,
+    x: Array,
+    context: Array,
     mask: Array | None,
     p: Exponent,
 ) -> Array:
     """The attention of x to the context, with layers that belong to the module, in its compact call."""
-    config, shape = module.config, x_BxTxD.shape
+    config = module.config
     width = config.embed_dim // config.num_heads
     if mask is not None:
-        mask = _of_one_batch(mask, (*shape[:-2], config.num_heads, shape[-2], context_BxSxC.shape[-2]))
-    x_BxTxD, context_BxSxC = one_batch(x_BxTxD), one_batch(context_BxSxC)
+        mask = _of_one_batch(mask, (*x.shape[:-2], config.num_heads, x.shape[-2], context.shape[-2]))
+    x_BxTxD, context_BxSxC = one_batch(x), one_batch(context)
 
     def heads(name: str, tokens: Array) -> Array:
         projected = dense(config, config.linear, config.embed_dim, name)(tokens, p)
@@ -111,19 +111,25 @@ def _attend(
     )
     if capture:
         attended, weights_BxHxTxS = attended
-        weights = weights_BxHxTxS.reshape(*shape[:-2], *weights_BxHxTxS.shape[1:])
-        module.sow("intermediates", "attention_weights", weights)
+        module.sow("intermediates", "attention_weights", as_before(weights_BxHxTxS, x))
     attended = attended.astype(config.compute_dtype).reshape(x_BxTxD.shape)
-    return dense(config, config.output_projection, config.embed_dim, "out")(attended, p).reshape(shape)
+    return as_before(dense(config, config.output_projection, config.embed_dim, "out")(attended, p), x)
 
 
 def _of_one_batch(mask: Array, shape: tuple[int, ...]) -> Array:
-    """The mask for [..., H, T, S] as one for [B, H, T, S]; `adder_attention` checks the rest."""
-    if getattr(mask, "ndim", 0) <= 3 or len(shape) == 4:
+    """The mask for [..., H, T, S] as one for [B, H, T, S]; `adder_attention` checks its dtype."""
+    if getattr(mask, "ndim", 0) > 3 and all(size == 1 for size in mask.shape[:-3]):
+        mask = mask.reshape(mask.shape[-3:])
+    if not getattr(mask, "ndim", 0) or len(shape) == 4:
         return mask
     try:
-        return jnp.broadcast_to(mask, (*shape[:-3], *mask.shape[-3:])).reshape(-1, *mask.shape[-3:])
-    except ValueError as error:
+        fits = jnp.broadcast_shapes(mask.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
         raise ValueError(
             f"mask: shape {mask.shape} does not broadcast to {shape} ([..., heads, queries, keys])."
-        ) from error
+        )
+    if mask.ndim <= 3:
+        return mask
+    return one_batch(jnp.broadcast_to(mask, (*shape[:-3], *mask.shape[-3:])), axes=3)

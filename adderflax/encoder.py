@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from adderflax.attention import AdderSelfAttention
-from adderflax.encoder_config import EncoderConfig, convolution, dense, one_batch, require_tokens
+from adderflax.encoder_config import EncoderConfig, as_before, convolution, dense, one_batch, require_tokens
 from adderflax.layers import Array, Exponent, layer_norm
 
 
@@ -48,7 +48,7 @@ class AdderMlp(nn.Module):
         arithmetic = config.resolved().mlp_convolution
         size, groups = config.mlp_kernel_size, {"feature_group_count": shape[-1]}
         layer = convolution(config, arithmetic, shape[-1], size, "conv", **groups)
-        return layer(image, p).reshape(shape)
+        return as_before(layer(image, p).reshape(tokens.shape), x_BxTxF)
 
 
 class EncoderBlock(nn.Module):

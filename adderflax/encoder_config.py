@@ -6,6 +6,7 @@ from typing import Self
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from adderflax.fields import (
     is_count,
@@ -28,6 +29,7 @@ from adderflax.layers import (
     require_normalization,
 )
 from adderflax.operators import available_implementations
+from adderflax.operators._dispatch import with_automatic_axes
 from adderflax.operators.attention import default_attention_scale
 
 SIMILARITIES = ("l1", "dot")
@@ -263,6 +265,29 @@ def require_tokens(config: EncoderConfig, x: Array, module: str, *, axes: int = 
         )
 
 
-def one_batch(x: Array) -> Array:
-    """[..., T, F] as [B, T, F]."""
-    return x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+def one_batch(x: Array, axes: int = 2) -> Array:
+    """[..., T, F] as [B, T, F]; with axes=3 [..., H, T, S] as [B, H, T, S]."""
+    if x.ndim == axes + 1:
+        return x
+
+    def spec(before: PartitionSpec) -> PartitionSpec:
+        split = [
+            name for entry in before[:-axes] for name in (entry if isinstance(entry, tuple) else (entry,))
+        ]
+        return PartitionSpec(tuple(name for name in split if name is not None), *before[-axes:])
+
+    def merge(x: Array) -> Array:
+        return x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
+
+    return with_automatic_axes(merge, spec)(x)
+
+
+def as_before(y: Array, x: Array) -> Array:
+    """What was computed of `one_batch(x)`, [B, ...], with the axes before x's last two in place of B."""
+    if x.ndim == 3:
+        return y
+
+    def split(y: Array, x: Array) -> Array:
+        return y.reshape(*x.shape[:-2], *y.shape[1:])
+
+    return with_automatic_axes(split, lambda y, x: PartitionSpec(*x[:-2], *y[1:]))(y, x)

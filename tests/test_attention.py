@@ -1,6 +1,7 @@
 """Attention against its formula in float64, and what it does to batches, masks and contexts."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,20 @@ def test_any_axes_may_stand_before_the_tokens(lead):
             )
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 2, 5, 5), (2, 3, 2, 5, 4), (1, 2, 3, 2, 5, 5)], ids=str)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
+def test_a_mask_with_axes_of_one_fits_any(lead):
+    module, x = AdderSelfAttention(SMALL), tokens((*lead, 5, 8))
+    variables, causal = random_params(module, tokens()), jnp.tri(5, dtype=bool)
+    expected = module.apply(variables, x, causal)
+    for axes in range(3, len(lead) + 3):
+        np.testing.assert_array_equal(module.apply(variables, x, causal[(None,) * (axes - 2)]), expected)
+    np.testing.assert_array_equal(module.apply(variables, x, causal[(None,) * 2]), expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 2, 5, 5), (2, 3, 2, 5, 4), (2, 2, 3, 2, 5, 5), (5, 4), (3, 5, 5)], ids=str
+)
 def test_a_mask_that_fits_no_axes_is_refused(shape):
-    with pytest.raises(ValueError, match=r"mask: shape .* does not broadcast to"):
+    told = rf"mask: shape {re.escape(str(shape))} does not broadcast to \(2, 3, 2, 5, 5\)"
+    with pytest.raises(ValueError, match=told):
         AdderSelfAttention(SMALL).init(jax.random.key(0), jnp.zeros((2, 3, 5, 8)), jnp.ones(shape, bool))

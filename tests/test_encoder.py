@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from layer_reference import SMALL, adder, kernels, layer_norm, random_params, tokens
 
 from adderflax import AdderMlp, AdderSelfAttention, EncoderBlock
@@ -41,6 +43,29 @@ def test_any_axes_may_stand_before_the_tokens(lead):
     out, expected = (block.apply(variables, given, mask=mask) for given in (x, batch))
     assert out.shape == x.shape
     np.testing.assert_allclose(out.reshape(batch.shape), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P()], ids=str)
+@pytest.mark.parametrize("module", [EncoderBlock, AdderSelfAttention])
+def test_axes_before_the_tokens_of_an_explicit_mesh(module, spec):
+    layer = module(dataclasses.replace(SMALL, implementation=None, mlp_kernel_size=3))
+    x = tokens((2, 4, 9, 8))
+    variables = random_params(layer, x)
+    mask = jnp.ones((2, 4, 1, 9, 9), bool)
+
+    def results(variables, x, mask):
+        out, captured = layer.apply(variables, x, mask=mask, mutable=["intermediates"])
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(layer.apply(variables, x, mask=mask))))(x)
+        return out, gradient, jax.tree.leaves(captured)
+
+    expected = jax.jit(results)(variables, x, mask)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array in (x, mask)]
+        found = jax.jit(results)(jax.device_put(variables, NamedSharding(mesh, P())), *placed)
+    for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-5)
+        assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim)
 
 
 def test_only_the_last_two_axes_are_needed():

@@ -75,9 +75,9 @@ def adder_attention(
         implementation: as in `adder_matmul`.
 
     Returns:
-        [B, T, H, D] (or [T, H, D]) in value's dtype for "dot" aggregation and in float32 for
-        "l1"; with return_weights a pair with the float32 weights [B, H, T, S] (or [H, T, S]),
-        the identity included.
+        [B, T, H, D] (or [T, H, D]), H the query's heads and D the value's depth, in value's dtype for "dot"
+        aggregation and in float32 for "l1"; with return_weights a pair with the float32 weights
+        [B, H, T, S] (or [H, T, S]), the identity included.
 
     Raises:
         TypeError: an operand, mask, bias, scale or flag has a type or dtype that is not allowed.
@@ -110,8 +110,7 @@ def adder_attention(
 
     query, key, value = (jnp.transpose(array, (0, 2, 1, 3)) for array in (query, key, value))
     if key.shape[1] != query.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (jnp.repeat(array, groups, axis=1) for array in (key, value))
+        key, value = (_for_groups(array, query.shape[1] // key.shape[1]) for array in (key, value))
     if scale is None:
         scale = default_attention_scale(similarity, query.shape[-1])
     number = float(scale) if isinstance(scale, numbers.Real) else None
@@ -257,6 +256,18 @@ def _magnitude(value):
 
 
 _magnitude.defvjp(lambda value: (jnp.abs(value), value), lambda value, g: (jnp.clip(value, -1.0, 1.0) * g,))
+
+
+def _for_groups(array: jax.Array, copies: int) -> jax.Array:
+    """[B, H, T, S] with each head `copies` times, [B, H copies, T, S]."""
+
+    def copied(array):
+        B, H, *rest = array.shape
+        # Through float32, in which the gradients of the copies are summed.
+        every = jnp.broadcast_to(array.astype(jnp.float32)[:, :, None], (B, H, copies, *rest))
+        return every.reshape(B, H * copies, *rest).astype(array.dtype)
+
+    return with_automatic_axes(copied, lambda spec: spec)(array)
 
 
 def default_attention_scale(similarity: str, depth: int) -> float:

@@ -36,7 +36,7 @@ from adderflax.operators.rules import GradientRule, Rule, canonical_rule
 # elsewhere it is large enough to fill the device.
 _CPU_BLOCK = 4 * 2**20
 _DEVICE_BLOCK = 64 * 2**20
-_MANY_CHANNELS = 16  # a vector of AVX-512
+_MANY_CHANNELS = 16  # a vector of AVX-512, two of AVX2
 
 
 class _Plan(NamedTuple):
@@ -70,9 +70,10 @@ def adder_conv(
     gradient rules are those of `adder_matmul`; a "full" gradient is a plain convolution, for the
     kernel conv(x, g) - kernel * sum g, and a transposed one for x. p is as in `adder_matmul`.
 
-    Besides operands and result it needs memory for a padded copy of x, for a second float32 copy of
-    the result or of a gradient, and for the patches of one block of output rows, in the backward pass
-    with their gradients: 4 MiB of patches on a CPU, 64 MiB elsewhere, or one row where that is more.
+    Besides operands and result it needs memory for a padded copy of x, or of a cotangent no larger, for a
+    second float32 copy of the result or of a gradient, and for the patches of one block of output rows,
+    in the backward pass with their gradients: 4 MiB of patches on a CPU, 64 MiB elsewhere, or one row
+    where that is more.
 
     Args:
         x: [N, H, W, C], float32, bfloat16 or float16; or int8 or uint8, where both operands are, summed
@@ -224,7 +225,7 @@ def _forward(x, kernel, *p, plan):
 def _gradient_x(x, kernel, g, *p, plan):
     """sum over all windows of a pixel of rule(kernel - x) g, in the shape and dtype of x."""
 
-    def gathered(x, kernel, g, *p, budget):
+    def gathered(x, kernel, g, *, budget):
         # Each pixel meets the cotangents of its windows, as in a transposed convolution.
         mirrored, window = plan.window.transposed(kernel)
         blocks = Blocks.cut(g.shape, mirrored.shape, window, budget)
@@ -233,7 +234,7 @@ def _gradient_x(x, kernel, g, *p, plan):
         def step(index, dx):
             cotangents = blocks.patches(blocks.input_of(padded, index))
             rows = blocks.result_of(pixels, index)
-            sums = calls(p).gradient_x(rows, weights, cotangents, *p, rule=plan.rule_x, **_static(plan))
+            sums = calls(()).gradient_x(rows, weights, cotangents, rule=plan.rule_x, **_static(plan))
             return _set_rows(dx, blocks.image(sums, x.shape[0]), index * blocks.rows)
 
         dx = lax.fori_loop(0, blocks.count, step, zeros(pixels.shape, x, kernel, g))
@@ -264,7 +265,7 @@ def _gradient_x(x, kernel, g, *p, plan):
         return _depthwise.gradient_x(x, kernel, g, plan.window, plan.rule_x).astype(dtype)
     if plan.rule_x.kind == "full" and not p:
         return _full_gradient_x(x, kernel.astype(jnp.float32), g, plan.window).astype(dtype)
-    on_cpu = gathered if _gathers(kernel, plan) else None
+    on_cpu = gathered if _gathers(x, kernel, g, p, plan) else None
     return _by_platform(scattered, x, kernel, g, *p, on_cpu=on_cpu).astype(dtype)
 
 
@@ -289,7 +290,8 @@ def _gradient_kernel(x, kernel, g, *p, plan):
         return zeros(kernel.shape, x, kernel, g).astype(dtype)
     if _is_depthwise(kernel, p, plan, "gradient_y"):
         return _depthwise.gradient_kernel(x, kernel, g, plan.window, plan.rule_kernel).astype(dtype)
-    if plan.rule_kernel.kind == "full" and not p:
+    # With groups, XLA's convolution for it is wrong on some meshes of two axes (jax 0.10.2, on CPUs).
+    if plan.rule_kernel.kind == "full" and not p and plan.window.groups == 1:
         return _full_gradient_kernel(x.astype(jnp.float32), kernel, g, plan.window).astype(dtype)
     return _by_platform(run, x, kernel, g, *p).astype(dtype)
 
@@ -347,16 +349,19 @@ def _is_depthwise(kernel, p, plan, method) -> bool:
     return True
 
 
-def _gathers(kernel, plan) -> bool:
+def _gathers(x, kernel, g, p, plan) -> bool:
     """Whether a CPU computes the gradient for x by gathering cotangents, without patches of x.
 
     Those patches and their gradients, as many times as large as x as the kernel has positions, are not
-    written then: on two cores 1.0 to 6.9 times as fast, at a batch of 256 in ResNet-20 1.5 to 2.4 times.
-    Few channels leave lanes empty, and at other strides most of what would be gathered is zeros. The
-    kernels of other platforms put the channels of x in wider blocks.
+    written then. Cotangents are laid out instead, which pays where they have no more channels than x and
+    about as many pixels, and where x has channels enough to fill the lanes. Between windows that step by
+    more than one, most of what would be gathered is zeros, and kernels of other platforms put the channels of
+    x in wider blocks. What a pixel does not meet, at the image's edge, meets zeros here: a NaN or an infinity
+    in the kernel can reach pixels that would not have seen it.
     """
-    height, width, channels, _ = kernel.shape
-    worth = height * width > 1 and channels >= _MANY_CHANNELS
+    height, width, channels, filters = kernel.shape
+    smaller = filters <= x.shape[3] and 4 * math.prod(g.shape[1:3]) >= 3 * math.prod(x.shape[1:3])
+    worth = smaller and height * width > 1 and channels >= _MANY_CHANNELS and not p
     return worth and plan.window.strides == (1, 1) and _runs_on_cpus(plan)
 
 

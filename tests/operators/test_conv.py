@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +97,7 @@ GATHERED = [
     Case((2, 7, 6, 17), (3, 3, 17, 5)),
     Case((1, 6, 7, 32), (2, 3, 16, 6), (1, 1), ((3, -1), (0, 4)), (2, 1), 2, rules=("sign", "hardtanh")),
     Case((1, 5, 8, 16), (4, 2, 16, 3), (1, 1), "SAME_LOWER", (1, 2), rules=(("hardtanh", 0.25), "full")),
-    Case((2, 8, 7, 18), (3, 2, 18, 20), padding="VALID", rules=(("hardtanh", 4.0), "full")),
+    Case((2, 12, 11, 18), (3, 2, 18, 18), padding="VALID", rules=(("hardtanh", 4.0), "full")),
 ]
 CASES += GATHERED
 CASES = [
@@ -183,14 +186,18 @@ def test_conformance(implementation, case):
 
 @pytest.mark.parametrize(
     "case, rows",
-    [(CASES[1], 1), (CASES[2], 2), (CASES[7], 2), (CASES[-4], 2), (CASES[-3], 3), (CASES[-1], 2)],
+    [(CASES[1], 1), (CASES[2], 2), (CASES[7], 2), *((case, 2) for case in CASES[-len(GATHERED) :])],
     ids=str,
 )
 def test_blocks_of_rows(case, rows, monkeypatch):
     # Every case above is one block.
     x, kernel, g = case.operands((1.0, 1.0))
-    row = 4 * case.x[0] * g.shape[2] * int(np.prod(case.kernel[:2])) * case.x[3]
-    assert 1 <= rows < g.shape[1]
+    # Gathered gradients have patches of the cotangent, as wide as x.
+    width, channels = (
+        (case.x[2], case.kernel[3]) if case in CASES[-len(GATHERED) :] else (g.shape[2], case.x[3])
+    )
+    row = 4 * case.x[0] * width * int(np.prod(case.kernel[:2])) * channels
+    assert 1 <= rows < min(g.shape[1], case.x[1])
     monkeypatch.setattr(conv_module, "_CPU_BLOCK", row * rows)
     jax.clear_caches()  # the size of a block is no part of the key of a jitted call
     program.cache_clear()
@@ -224,6 +231,10 @@ def assert_close(actual, expected, tolerance=1e-5):
         ((3, 3, 16, 5), {}, True),
         ((3, 3, 16, 5), {"dilation": 2, "grad_x": "sign"}, True),
         ((3, 3, 16, 4), {"feature_group_count": 2}, True),
+        ((3, 3, 16, 16), {}, True),
+        ((3, 3, 16, 17), {}, False),
+        ((5, 5, 16, 5), {"padding": "VALID"}, False),
+        ((3, 3, 16, 5), {"p": 1.5}, False),
         ((3, 3, 15, 5), {}, False),
         ((1, 1, 16, 5), {}, False),
         ((3, 3, 16, 5), {"strides": (1, 2)}, False),
@@ -237,7 +248,7 @@ def test_what_is_gathered_on_a_cpu(kernel, options, gathers):
     program = jax.jit(functools.partial(gradients, **options))
     for platform, columns in (("cpu", kernel[2] if gathers else patch), ("cuda", patch)):
         text = jax.export.export(program, platforms=[platform])(*operands).mlir_module()
-        rows = re.findall(r"@adder_matmul_gradient_x\w*\(%arg0: tensor<(?:\d+x)+(\d+)xf32>", text)
+        rows = re.findall(r"@adder_matmul(?:_power)?_gradient_x\w*\(%arg0: tensor<(?:\d+x)+(\d+)xf32>", text)
         assert rows and set(rows) == {str(columns)}, platform
 
 
@@ -269,18 +280,22 @@ def test_padding_costs_the_kernel():
 GROUPS = {"strides": (2, 2), "feature_group_count": 2}
 
 
+@pytest.mark.parametrize("channels", [4, 32])
 @pytest.mark.parametrize("options", [{}, GROUPS | {"grad_x": "full", "grad_kernel": "sign"}], ids=str)
-def test_vmap(options):
-    x, kernel = normal(0, 3, 2, 6, 6, 4), normal(1, 3, 3, 3, 4 // options.get("feature_group_count", 1), 4)
+def test_vmap(options, channels):
+    seen = channels // options.get("feature_group_count", 1)
+    x, kernel = normal(0, 3, 2, 6, 6, channels), normal(1, 3, 3, 3, seen, 4)
     run = jax.jit(functools.partial(gradients, **options))
     each = [run(x[i], kernel[i]) for i in range(3)]
     assert_close(jax.jit(jax.vmap(run))(x, kernel), jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
 
 
-def test_sharded_batch():
-    x, kernel = normal(0, 4, 6, 6, 4), normal(1, 3, 3, 2, 4)
-    forward = functools.partial(adder_conv, **GROUPS)
-    run = jax.jit(lambda x, k: (forward(x, k), gradients(x, k, **GROUPS)))
+# The gradient for x is gathered in the second.
+@pytest.mark.parametrize("channels, options", [(4, GROUPS), (32, {"feature_group_count": 2})], ids=str)
+def test_sharded_batch(channels, options):
+    x, kernel = normal(0, 4, 6, 6, channels), normal(1, 3, 3, channels // 2, 4)
+    forward = functools.partial(adder_conv, **options)
+    run = jax.jit(lambda x, k: (forward(x, k), gradients(x, k, **options)))
     expected = run(x, kernel)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
     placed = jax.device_put(x, NamedSharding(mesh, P("d")))
@@ -289,7 +304,7 @@ def test_sharded_batch():
     assert compiled.output_shardings.spec[0] == "d"
     assert "all-gather" not in compiled.as_text() and "all-reduce" not in compiled.as_text()
 
-    local = functools.partial(gradients, **GROUPS)
+    local = functools.partial(gradients, **options)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("d"), P()), out_specs=(P("d"), P()))
     assert_close(jax.jit(mapped)(x, kernel), expected[1])
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
@@ -299,6 +314,31 @@ def test_sharded_batch():
             explicit = jax.jit(forward)(rows, whole)
             assert jax.typeof(explicit).sharding.spec[0] == "d"
             assert_close((explicit, jax.jit(local)(rows, whole)), expected)
+
+
+@pytest.mark.parametrize("grad_kernel", ["full", "hardtanh"])
+def test_groups_on_a_mesh_of_two_axes(grad_kernel):
+    """XLA's own convolution for the full gradient is wrong there."""
+    code = f"""
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from adderflax import adder_conv
+x, kernel, g = (np.random.default_rng(i).normal(size=s).astype(np.float32)
+                for i, s in enumerate([(4, 6, 7, 8), (3, 3, 4, 8), (4, 6, 7, 8)]))
+def gradients(x, kernel, g):
+    conv = lambda x, kernel: adder_conv(x, kernel, feature_group_count=2, grad_kernel={grad_kernel!r})
+    return jax.vjp(conv, x, kernel)[1](g)
+mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+cut, whole = NamedSharding(mesh, P("d")), NamedSharding(mesh, P())
+placed = [jax.device_put(a, sharding) for a, sharding in ((x, cut), (kernel, whole), (g, cut))]
+for found, expected in zip(jax.jit(gradients)(*placed), jax.jit(gradients)(x, kernel, g)):
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-4)
+"""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=4")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags}
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_remat_and_export_with_symbolic_batch():

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import operator_reference as reference
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from adderflax.operators import adder_attention, adder_matmul, available_implementations
 
@@ -91,6 +93,37 @@ def test_queries_in_groups_share_a_key(batch, shared, similarity, aggregation):
     for gradient, copy in zip(found[1:], copies[1:]):
         summed = np.asarray(copy).reshape(*batch, 5, shared, 6 // shared, 8).sum(-2)
         np.testing.assert_allclose(gradient, summed, atol=1e-5 * np.abs(summed).max(), rtol=0)
+
+
+@pytest.mark.parametrize("similarity, aggregation", PAIRS)
+def test_gradients_of_a_group_are_summed_before_rounding(similarity, aggregation):
+    operands = [normal(i, 1, 5, heads, 8).astype(jnp.bfloat16) for i, heads in enumerate((64, 1, 1))]
+    options = dict(similarity=similarity, aggregation=aggregation)
+
+    def gradients(*operands):
+        loss = lambda *a: jnp.sum(adder_attention(*a, **options).astype(jnp.float32))  # noqa: E731
+        return jax.jit(jax.grad(loss, (1, 2)))(*operands)
+
+    exact = gradients(*(array.astype(np.float32) for array in operands))
+    for found, expected in zip(gradients(*operands), exact):
+        assert found.dtype == jnp.bfloat16
+        # A sum of 64 in bfloat16 is off by several times the 2^-9 of one rounding.
+        error = np.abs(np.asarray(found, np.float32) - np.asarray(expected))
+        assert error.max() < 2.0**-8 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, None, "d"), P()], ids=str)
+def test_groups_on_an_explicit_mesh(spec):
+    operands = [normal(i, 2, 5, heads, 8) for i, heads in enumerate((4, 2, 2))]
+    gradients = jax.grad(lambda *a: jnp.sum(jnp.sin(adder_attention(*a))), (0, 1, 2))
+    expected = jax.jit(gradients)(*operands)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array in operands]
+        found = jax.jit(gradients)(*placed)
+    for gradient, wanted, operand in zip(found, expected, placed):
+        np.testing.assert_allclose(gradient, wanted, atol=1e-5, rtol=0)
+        assert gradient.sharding.is_equivalent_to(operand.sharding, 4)
 
 
 @pytest.mark.parametrize("shared", [1, 2, 6])
