@@ -260,14 +260,10 @@ _magnitude.defvjp(lambda value: (jnp.abs(value), value), lambda value, g: (jnp.c
 
 def _for_groups(array: jax.Array, copies: int) -> jax.Array:
     """[B, H, T, S] with each head `copies` times, [B, H copies, T, S]."""
-
-    def copied(array):
-        B, H, *rest = array.shape
-        # Through float32, in which the gradients of the copies are summed.
-        every = jnp.broadcast_to(array.astype(jnp.float32)[:, :, None], (B, H, copies, *rest))
-        return every.reshape(B, H * copies, *rest).astype(array.dtype)
-
-    return with_automatic_axes(copied, lambda spec: spec)(array)
+    B, H, *rest = array.shape
+    # Through float32, in which the gradients of the copies are summed. Explicit meshes refuse jnp.repeat.
+    every = jnp.broadcast_to(array.astype(jnp.float32)[:, :, None], (B, H, copies, *rest))
+    return every.reshape(B, H * copies, *rest).astype(array.dtype)
 
 
 def default_attention_scale(similarity: str, depth: int) -> float:
