@@ -9,7 +9,10 @@ from results_pages import CLAIMS, RESULTS, row
 
 from adderflax.analysis.configured import configured_model, inference_ledger
 from adderflax.analysis.energy_report import split_into_parts
+from adderflax.analysis.energy_tables import energy
 from adderflax.analysis.study import load_study
+from adderflax.models.classifier import abstract_variables
+from adderflax.models.families import build_model
 from adderflax.predict import predict
 from adderflax.training.command_line import load_config
 from benchmarks import device_estimate
@@ -97,6 +100,7 @@ def test_accuracies_with_centered_templates():
         "multiply": "`multiply`, the twin",
         "multiply-lr6": "`multiply`, at twice the learning rate",
         "adder": "`adder`, centered",
+        "adder-wide": "`adder`, centered, with 96 features",
         clipped: "towards templates by `hardtanh`",
         both: "the same, and 20 times",
         "multiply-taught": "`multiply`, taught",
@@ -130,6 +134,10 @@ def test_accuracies_with_centered_templates():
     assert f"on all images it is {behind[0]} behind (three)" in readme
     assert f"a small model {behind[0]} points behind (three seeds)" in CLAIMS
     mean = {name: np.mean(found[f"long-{name}"]) for name in long}
+    ahead = f"{mean['adder-wide'] - mean['multiply']:.1f}"
+    assert f"is **{ahead} points ahead of it** (two seeds, without a teacher)" in page
+    assert f"and {ahead} ahead (two) if it is half as wide again" in readme
+    assert f"{ahead} ahead with half as many features again" in CLAIMS
     lower, higher = np.subtract(found["long-multiply-lr6"], twin[:2])
     assert f"has it at {-lower:.1f} less with one seed and {higher:.1f} more with the other" in page
     taught = mean[f"{clipped}-taught"]
@@ -144,6 +152,28 @@ def test_accuracies_with_centered_templates():
     assert f"is worth {more:.1f} points, {each[0]:.1f} to {each[-1]:.1f} seed by seed" in page
     assert f"{ahead}, {behind} as well (three seeds of each, one teacher)" in readme
     assert f"{ahead} (three seeds, one teacher) {behind} as well" in " ".join(CLAIMS.split())
+
+
+def test_the_wide_adder_model_takes_its_twins_energy():
+    runs = {run.name: run for run in load_study("studies/gap_centered.py").runs}
+    ledgers, parameters = [], []
+    for name in ("long-adder-wide", "long-multiply"):
+        model = configured_model(runs[name].configuration(0))
+        ledgers.append(inference_ledger(model))
+        leaves = jax.tree.leaves(abstract_variables(build_model(model)))
+        parameters.append(sum(leaf.size for leaf in leaves))
+    cases = {("paper", "fp32"): "{:.1f}", ("paper", "int8_int32"): "{:.2f}", ("full", "fp32"): "{:.0f}"}
+    wide, twin = zip(
+        *(
+            [form.format(1e3 * energy(ledger, *case).total) for ledger in ledgers]
+            for case, form in cases.items()
+        )
+    )
+    page = " ".join((RESULTS / "gap.md").read_text().split())
+    assert f"takes {wide[0]} uJ an image where the twin of 64 features takes {twin[0]}" in page
+    assert f"with {parameters[0] / parameters[1]:.1f} times the parameters" in page
+    assert f"it takes {wide[1]} uJ where the twin takes {twin[1]}" in page
+    assert f"{wide[2]} where the twin takes {twin[2]}" in page
 
 
 @jax.numpy_dtype_promotion("standard")
