@@ -10,7 +10,7 @@ beside the twin and the adder model without it. `taught` adds the teaching of
 `configs/cifar10_adder_vit.py:taught`, the teacher being the first seed of `long-multiply`; its epochs come on
 top of the pupil's, and the twin's row to hold it against is `long-multiply-taught`.
 `adder-wide` has half as many features again, with which it takes no more energy than the twin, as published
-tables count it.
+tables count it; `multiply-wide` is its own twin.
 Everything runs by the CPU's kernels (`model.implementation="cpu"`). No images are held out, so what is chosen
 by these figures is flattered by them.
 Run it with `--keep_checkpoints`: a later row reads those of `long-multiply-seed0`.
@@ -56,7 +56,11 @@ LONG |= {
 }
 # 96 features in place of 64: 15.7 uJ an image where the twin has 16.7, in the convention "paper".
 WIDE = {"model.embed_dim": 96}
-LONG_TWICE: dict[str, dict[str, Any]] = {"multiply-lr6": SHORT["multiply-lr6"], "adder-wide": ADDER | WIDE}
+LONG["adder-wide"] = ADDER | WIDE
+LONG_TWICE: dict[str, dict[str, Any]] = {
+    "multiply-lr6": SHORT["multiply-lr6"],
+    "multiply-wide": SHORT["multiply"] | WIDE,
+}
 LONG_ONCE: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("adder-dw-hardtanh-multiplier20",)}
 
 
@@ -85,6 +89,7 @@ def comparisons() -> list[Comparison]:
     found = [Comparison(name, f"short-{name}", "short-adder") for name in tools]
     for kind in ("short", "long"):
         found.append(Comparison(f"{kind} multiply-lr6", f"{kind}-multiply-lr6", f"{kind}-multiply"))
+    found.append(Comparison("long-adder-wide against its own twin", "long-adder-wide", "long-multiply-wide"))
     taught = "long-adder-dw-hardtanh-taught"
     for other in ("long-adder-taught", "long-multiply-taught"):
         found.append(Comparison(f"{taught} against {other}", taught, other))
