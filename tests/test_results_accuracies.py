@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from results_pages import CLAIMS, RESULTS, row
 
+from adderflax.analysis import energy
 from adderflax.analysis.configured import configured_model, inference_ledger
 from adderflax.analysis.energy_report import split_into_parts
-from adderflax.analysis.energy_tables import energy
 from adderflax.analysis.study import load_study
 from adderflax.models.classifier import abstract_variables
 from adderflax.models.families import build_model
@@ -101,6 +101,7 @@ def test_accuracies_with_centered_templates():
         "multiply-lr6": "`multiply`, at twice the learning rate",
         "adder": "`adder`, centered",
         "adder-wide": "`adder`, centered, with 96 features",
+        "multiply-wide": "`multiply`, with 96 features",
         clipped: "towards templates by `hardtanh`",
         both: "the same, and 20 times",
         "multiply-taught": "`multiply`, taught",
@@ -135,8 +136,15 @@ def test_accuracies_with_centered_templates():
     assert f"a small model {behind[0]} points behind (three seeds)" in CLAIMS
     mean = {name: np.mean(found[f"long-{name}"]) for name in long}
     ahead = f"{mean['adder-wide'] - mean['multiply']:.1f}"
-    assert f"is **{ahead} points ahead of it** (two seeds, without a teacher)" in page
-    assert f"and {ahead} ahead (two) if it is half as wide again" in readme
+    each = sorted(np.subtract(found["long-adder-wide"], twin))
+    seeds = f"three seeds, {each[0]:.1f} to {each[-1]:.1f} by seed"
+    assert f"is **{ahead} points ahead of it** ({seeds}, without a teacher)" in page
+    first = np.mean(found["long-adder-wide"][:2]) - np.mean(twin[:2])
+    assert f"The first two seeds had promised {first:.1f}." in page
+    more = mean["multiply-wide"] - mean["adder-wide"]
+    told = f"has {mean['multiply-wide']:.1f} (one seed), {more:.1f} more than the adder model's mean"
+    assert f"A twin as wide {told}, where at 64 features it was {behind[0]}" in page
+    assert f"and {ahead} ahead (three) if it is half as wide again" in readme
     assert f"{ahead} ahead with half as many features again" in CLAIMS
     lower, higher = np.subtract(found["long-multiply-lr6"], twin[:2])
     assert f"has it at {-lower:.1f} less with one seed and {higher:.1f} more with the other" in page
