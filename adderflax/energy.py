@@ -5,6 +5,7 @@ python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py --conventi
 python -m adderflax.energy --config configs/digits_adder_vit.py --config.model.similarity=dot
 python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py --table int8_int32_7nm
 python -m adderflax.energy weights/cifar10_adder_vit
+python -m adderflax.energy runs/digits_whole --table integer_only
 """
 
 import argparse
@@ -23,10 +24,14 @@ from adderflax.analysis.configured import (
 )
 from adderflax.analysis.energy_plot import draw
 from adderflax.analysis.energy_report import as_text, compare
-from adderflax.analysis.energy_tables import CONVENTIONS, MEMORY_DEFAULT
+from adderflax.analysis.integer_files import load_integer_only
+from adderflax.analysis.integer_ledger import integer_only_ledger
+from adderflax.analysis.pricing import CONVENTIONS, MEMORY_DEFAULT
 from adderflax.training.command_line import load_config, require_overrides
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
+
+_WHOLE = "integer_only"  # of the tables that price models without floats
 
 
 @pipes.reader_may_leave()
@@ -40,7 +45,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             variant, model, exported = trained_model(arguments.directory)
         table = TABLES[arguments.table or ("exported" if exported else "fp32")]
-        ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
+        if table.name.startswith(_WHOLE):
+            if not exported:
+                raise ValueError(
+                    f"--table {table.name} prices a model without floats, and"
+                    f" {arguments.directory or arguments.config} is none. Write one by python -m"
+                    " adderflax.export WORKDIR DIRECTORY --integer_only, and name that directory."
+                )
+            whole, _ = load_integer_only(arguments.directory)
+            ledgers = integer_only_ledger(whole), integer_only_ledger(whole, twin=True)
+        else:
+            ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
         report = compare(*ledgers, table, arguments.memory)
         title = (
             f"{arguments.config or arguments.directory}: {variant}, one image of "

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from results_pages import CLAIMS, RESULTS, row
 
+from adderflax.analysis import TABLES, energy
 from adderflax.analysis.configured import configured_model, inference_ledger, multiplying_twin
 from adderflax.analysis.energy_report import compare
-from adderflax.analysis.energy_tables import TABLES, energy
 from adderflax.analysis.primitives import ADDER, PRODUCT
 from adderflax.training.command_line import load_config
 
@@ -260,7 +260,7 @@ def test_pages_show_pictures_that_exist():
 
 
 def test_the_table_of_widths_is_that_of_its_lines():
-    page = (RESULTS / "integers.md").read_text().partition("## Speed on a CPU")[0]
+    page = (RESULTS / "integers.md").read_text().partition("## ")[0]
     lines = list(map(json.loads, (RESULTS / "integers.jsonl").read_text().splitlines()))
     header, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -287,3 +287,43 @@ def test_the_table_of_widths_is_that_of_its_lines():
         for form in forms.values()
         if f"test_accuracy_{form}" in line
     }
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_the_energy_of_whole_numbers_is_that_of_its_lines():
+    page = (RESULTS / "integers.md").read_text()
+    claims, section = (" ".join(text.split()) for text in (CLAIMS, page.partition("## Energy, by the")[2]))
+    found, millions, twins = {}, {}, {}
+    for line in map(json.loads, (RESULTS / "integers_energy.jsonl").read_text().splitlines()):
+        name = line["model"].partition(":")[0].removeprefix("runs/")
+        with_magnitudes = line["paper"] + line["|.| in products and adders"]
+        found.setdefault(name, []).extend(1e3 * e for e in (line["paper"], with_magnitudes, line["full"]))
+        millions[name] = f"{line['multiply'] / 1e6:.1f} "
+        twins[name, line["table"]] = f"{1e3 * line['twin_paper']:.1f} uJ"
+    labels = {
+        "cifar10_int8": "adder model, 8 bits",
+        "cifar10_int4": "adder model, 4 bits",
+        "twin_int8": "twin, 8 bits",
+    }
+    assert found.keys() == labels.keys()
+    ratios = {}
+    for name, label in labels.items():
+        ratios[name] = [f"{twin / own:.2f}" for twin, own in zip(found["twin_int8"], found[name])]
+        numbers = [f"{each:.0f}" if each >= 100 else f"{each:.1f}" for each in found[name]]
+        cells = [f"{number} ({ratio})" for number, ratio in zip(numbers, ratios[name])]
+        cells = " | ".join(numbers if name == "twin_int8" else cells)
+        assert f"\n| {label} | {cells} |\n" in page
+    assert f"{millions['cifar10_int8']}million multiplications in the adder" in section
+    assert f"adder model and {millions['twin_int8']}in the twin" in section
+    ours, twin = f"{found['cifar10_int8'][0]:.1f}", f"{found['twin_int8'][0]:.1f}"
+    assert f"takes {twins['cifar10_int8', 'integer_only']} here in place of {twin}" in section
+    paper, magnitudes, full = ratios["cifar10_int8"][:3]
+    assert f"CIFAR-10's model takes {ours} uJ and its twin {twin}: {paper}, because accumulators" in claims
+    assert f"With |.| that is {magnitudes}, and {full} in `full`" in claims
+    assert f"({paper}, with \\|.\\| {magnitudes}, in `full` {full})" in claims
+    model = configured_model(load_config("configs/cifar10_adder_vit.py", []))
+    report = compare(
+        inference_ledger(model), inference_ledger(multiplying_twin(model)), TABLES["int8_int32"], "none"
+    )
+    ours, twin = (total.total for total in report.total("paper"))
+    assert f"is above the {twin / ours:.2f} of `--table int8_int32`" in section

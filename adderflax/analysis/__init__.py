@@ -6,8 +6,9 @@ ledger = count_operations(function, *arguments)
 energy(ledger, "full").total  # millijoules
 """
 
-from adderflax.analysis.energy_tables import TABLES, Energy, EnergyTable, NumberFormat, energy
+from adderflax.analysis.energy_tables import TABLES, EnergyTable, NumberFormat
 from adderflax.analysis.ledger import Entry, Ledger, Unknown, count_jaxpr, count_operations
+from adderflax.analysis.pricing import Energy, energy
 
 __all__ = [
     "TABLES",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from adderflax.analysis.energy_report import REST, Report, unit_of
-from adderflax.analysis.energy_tables import CONVENTIONS
+from adderflax.analysis.pricing import CONVENTIONS
 
 # Okabe and Ito's colors and four of Tol's, told apart with color vision deficiencies too.
 _COLORS = (

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from adderflax.analysis.energy_tables import CONVENTIONS, SOFTWARE, Energy, EnergyTable, priced
-from adderflax.analysis.ledger import Entry, Ledger
+from adderflax.analysis.energy_tables import SOFTWARE, EnergyTable
+from adderflax.analysis.ledger import Entry, Ledger, width_name, widths
+from adderflax.analysis.pricing import CONVENTIONS, Energy, priced
 from adderflax.analysis.primitives import ADDER, PRODUCT
 
 SOFTMAX, NORMALIZATION, REST = "softmax, scale, identity", "normalization", "rest"
@@ -99,7 +100,8 @@ class Report:
         Counts are in whole operations, of the whole model, and of its products and adder operators by part of
         the network and by layer; they do not depend on the convention. Layers have the names of
         `adderflax.analysis.integers`, the paths of their parameters. "not_counted" names what a total lacks:
-        primitives that are not known, and loops of unknown length, which count for one turn.
+        primitives that are not known, and loops of unknown length, which count for one turn. "difference"
+        leads from the total of the convention "paper" to that of "full".
         """
         model, twin = self.total(convention)
         (ours, theirs), parts = map(split_into_parts, (self.model, self.twin)), []
@@ -120,6 +122,10 @@ class Report:
             "twin_total": twin.total,
             "ratio": _ratio(model.total, twin.total),
             "parts": parts,
+            "difference": {
+                of: {name.lstrip("+= "): value for name, value in column.items()}
+                for of, column in zip(("model", "twin"), _differences(self))
+            },
             "counts": {"model": _counts(self.model), "twin": _counts(self.twin)},
         }
 
@@ -135,6 +141,9 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
         "multiply_accumulates": ledger.macs,
         "adder_terms": ledger.adder_elements,
         "operations": ledger.operations,
+        "operations_by_dtype": {
+            f"{operation} {dtype}": count for (operation, dtype), count in sorted(_by_dtype(ledger).items())
+        },
         "bytes_read": ledger.bytes_read,
         "bytes_written": ledger.bytes_written,
         "layers": terms,
@@ -246,6 +255,8 @@ def as_text(report: Report, convention: str) -> str:
         convention: the one that the last line states.
     """
     lines = [*_parts_table(report), "", *_difference_table(report), "", *_counts_table(report)]
+    if by_width := _widths_table(report):
+        lines += ["", *by_width]
     lines += ["", *_remarks(report)]
     (unit, factor), (model, twin) = unit_of(report), report.total(convention)
     lines += [
@@ -278,8 +289,8 @@ def _parts_table(report: Report) -> list[str]:
     return lines
 
 
-def _difference_table(report: Report) -> list[str]:
-    """From the total of `paper` to that of `full`, step by step."""
+def _differences(report: Report) -> list[dict[str, float]]:
+    """From the total of `paper` to that of `full`, step by step in millijoules, of the model and the twin."""
     columns = []
     totals = zip(report.total("paper"), report.total("full"), report.product_memory())
     for paper, full, at_products in totals:
@@ -296,6 +307,11 @@ def _difference_table(report: Report) -> list[str]:
                 "= full": full.total,
             }
         )
+    return columns
+
+
+def _difference_table(report: Report) -> list[str]:
+    columns = _differences(report)
     unit, factor = unit_of(report)
     lines = [f"{'what the difference is, ' + unit:55}{'model':>9}{'twin':>9}"]
     for name in columns[0]:
@@ -330,6 +346,26 @@ def _counts_table(report: Report) -> list[str]:
     for name, (model, twin) in rows.items():
         lines.append(f"{name:45}{model / 1e6:14,.3f}{twin / 1e6:14,.3f}")
     return lines
+
+
+def _widths_table(report: Report) -> list[str]:
+    """Operations by the bits of their operands, of models in whole numbers."""
+    columns = [_by_dtype(ledger) for ledger in (report.model, report.twin)]
+    # By operation, then from narrow to wide.
+    keys = sorted({(key[0], *widths(key[1])) for column in columns for key in column if widths(key[1])})
+    lines = [f"{'by bits of the operands, millions an image':45}{'model':>14}{'twin':>14}"] if keys else []
+    for operation, *bits in keys:
+        counts = [column.get((operation, width_name(*bits)), 0) for column in columns]
+        name = f"{operation}, {' x '.join(map(str, bits))}"
+        lines.append(f"{name:45}" + "".join(f"{count / 1e6:14,.3f}" for count in counts))
+    return lines
+
+
+def _by_dtype(ledger: Ledger) -> Counter[tuple[str, str]]:
+    counts: Counter[tuple[str, str]] = Counter()
+    for entry in ledger.entries:
+        counts.update(entry.operations)
+    return counts
 
 
 def _remarks(report: Report) -> list[str]:

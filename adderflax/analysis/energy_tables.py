@@ -1,4 +1,4 @@
-"""Energies of operations, and the two conventions by which a ledger is priced.
+"""Energies of operations, by number format.
 
 Tables whose names end in `_7nm` have the figures of Jouppi et al., "Ten lessons from three
 generations shaped Google's TPUv4i", ISCA 2021, table 2; the others those of Horowitz, "Computing's
@@ -19,9 +19,12 @@ published comparisons of adder networks use. In picojoules:
 
 The lower figure of a range is used.
 
-What the sources have no figure for is modeled, and matters in the convention "full" only:
+What the sources have no figure for is modeled. Whole numbers of other widths, which only a model without
+floats has: an addition's energy grows by the same amount with every bit, through both figures, and a
+multiplication's as a power of the product of its factors' bits, likewise (at 45 nm the power is 0.99). The
+others matter in the convention "full" only:
 
-* a comparison, a rounding and a bit operation cost an addition, a bit operation an integer one;
+* a comparison, a rounding, a shift and a bit operation cost an addition, a bit operation an integer one;
 * the sign bit of a floating-point number is cleared or flipped for nothing, |.| and negation of
   an integer cost an addition;
 * a division, a square root and the special functions are evaluated in software, with as many
@@ -29,16 +32,11 @@ What the sources have no figure for is modeled, and matters in the convention "f
 """
 
 import dataclasses
-import warnings
-from collections import Counter
+import math
 from collections.abc import Mapping
 
-from adderflax.analysis.ledger import Entry, Ledger, item_size
-from adderflax.analysis.primitives import ADDER, ELEMENTWISE, MOVEMENT, PRODUCT
-
-CONVENTIONS = ("paper", "full")
-MEMORY_DEFAULT = "sram_1mb"
-_MILLIJOULE = 1e-9  # of a picojoule
+from adderflax.analysis.ledger import widths
+from adderflax.analysis.primitives import ADDER, PRODUCT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +152,8 @@ class EnergyTable:
         Raises:
             ValueError: the table has no figures for it.
         """
+        if bits := widths(dtype):
+            return _between(*(self._format(name) for name in ("int8", "int32")), bits)
         if "float" in dtype:
             if kind == ADDER and self.adders is not None:
                 assumed = self.adders[sums]
@@ -164,6 +164,9 @@ class EnergyTable:
             name = assumed or dtype
         else:
             name = "int8" if dtype.removeprefix("u") in ("int8", "int4", "int2") else "int32"
+        return self._format(name)
+
+    def _format(self, name: str) -> NumberFormat:
         if name not in self.formats:
             raise ValueError(
                 f"The energy table {self.name!r} has no figures for {name}, only for "
@@ -173,13 +176,37 @@ class EnergyTable:
         return self.formats[name]
 
 
-def _tables(name: str, products: str | None, elsewhere: str | None, note: str, sums=None, adders=None):
+def _between(narrow: NumberFormat, wide: NumberFormat, bits: tuple[int, ...]) -> NumberFormat:
+    """The format of whole numbers of so many bits, or of two factors, from those of 8 and of 32."""
+    product = bits[0] * bits[-1]
+    power = math.log(wide.multiply / narrow.multiply) / math.log(32 * 32 / (8 * 8))
+
+    def linear(low: float, high: float) -> float:
+        return low + (high - low) * (max(bits) - 8) / (32 - 8)
+
+    return NumberFormat(
+        add=linear(narrow.add, wide.add),
+        multiply=narrow.multiply * (product / (8 * 8)) ** power,
+        sign=linear(narrow.sign, wide.sign),
+        bytes=-(-max(bits) // 8),
+    )
+
+
+def _tables(
+    name: str,
+    products: str | None,
+    elsewhere: str | None,
+    note: str,
+    sums: str | None = None,
+    adders: tuple[str, str] | None = None,
+    formats: tuple[str, ...] = tuple(_45NM.formats),
+) -> list[EnergyTable]:
     """The same assumptions priced in each technology."""
     return [
         EnergyTable(
             name=name + suffix,
             source=f"{technology.source}; {note}",
-            formats=technology.formats,
+            formats={name: technology.formats[name] for name in formats},
             products=products,
             sums=sums,
             adders=adders,
@@ -224,155 +251,12 @@ TABLES: Mapping[str, EnergyTable] = {
             None,
             "each number in the format in which the program has it; products and adder operators sum in fp32",
         ),
+        *_tables(
+            "integer_only",
+            None,
+            None,
+            "what python -m adderflax.export --integer_only writes: whole numbers, each with its own bits",
+            formats=("int8", "int32"),
+        ),
     )
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Energy:
-    """The energy of a ledger.
-
-    Attributes:
-        operations: millijoules by operation; in products and adder operators the names are
-            "product" and "adder".
-        memory: millijoules of memory traffic.
-    """
-
-    operations: Mapping[str, float]
-    memory: float
-
-    @property
-    def arithmetic(self) -> float:
-        """Millijoules of all operations."""
-        return sum(self.operations.values())
-
-    @property
-    def total(self) -> float:
-        """Millijoules of operations and memory."""
-        return self.arithmetic + self.memory
-
-
-def energy(
-    ledger: Ledger,
-    convention: str = "paper",
-    table: EnergyTable | str = "fp32",
-    memory: str = MEMORY_DEFAULT,
-) -> Energy:
-    """The energy of a program.
-
-    Args:
-        ledger: its operations.
-        convention: "paper" prices the additions and multiplications of matrix products,
-            convolutions and adder operators, and nothing else: a multiply-accumulate is one
-            multiplication and one addition, an |x - w| term two additions, with |.| for
-            nothing. "full" prices every operation and the memory traffic.
-        table: the name of a table in `TABLES`, or your own.
-        memory: the level of the table's memory that holds all arrays, or "none"; "paper" has no
-            memory traffic.
-
-    Returns:
-        The energy in millijoules. A warning names what it leaves out.
-
-    Raises:
-        ValueError: an unknown convention, table or memory level, or a number format for which
-            the table has no figures.
-    """
-    if names := sorted({found.primitive for found in (*ledger.unknown, *ledger.open_loops)}):
-        warnings.warn(
-            f"Energy does not cover all of this program: {', '.join(names)}. A primitive that is not known is"
-            " left out, and a loop of unknown length is counted for one turn; `Ledger.unknown` and"
-            " `Ledger.open_loops` say where.",
-            stacklevel=2,
-        )
-    return priced(ledger, convention, table, memory)
-
-
-def priced(
-    ledger: Ledger,
-    convention: str = "paper",
-    table: EnergyTable | str = "fp32",
-    memory: str = MEMORY_DEFAULT,
-) -> Energy:
-    """`energy`, with its arguments and errors, for a caller that tells itself what is left out."""
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention={convention!r} is not known; {_choices(CONVENTIONS)}.")
-    if isinstance(table, str):
-        if table not in TABLES:
-            raise ValueError(f"table={table!r} is not known; {_choices(TABLES)}.")
-        table = TABLES[table]
-    if memory not in table.memory:
-        raise ValueError(
-            f"memory={memory!r} is not known to the energy table {table.name!r}; {_choices(table.memory)}."
-        )
-    full = convention == "full"
-    picojoules: Counter[str] = Counter()
-    moved = 0
-    for entry in ledger.entries:
-        if entry.kind in (PRODUCT, ADDER):
-            picojoules[entry.kind] += _product_energy(entry, table, full)
-        elif entry.kind == ELEMENTWISE and full:
-            for (operation, dtype), count in entry.operations.items():
-                number = table.number_format(dtype, entry.kind)
-                picojoules[operation] += count * _unit(operation, number, table)
-        if full:
-            moved += _bytes(entry, table)
-    return Energy(
-        {name: value * _MILLIJOULE for name, value in picojoules.items()},
-        moved * table.memory[memory] * _MILLIJOULE,
-    )
-
-
-def _product_energy(entry: Entry, table: EnergyTable, full: bool) -> float:
-    """Picojoules of a product or adder operator."""
-    total, kind = 0.0, _priced_as(entry)
-    for (operation, dtype), count in entry.operations.items():
-        number = table.number_format(dtype, kind)
-        if operation == "add":
-            # One addition of each element goes into the sum.
-            added = entry.elements if dtype == entry.sums else 0
-            sums = table.number_format(dtype, kind, sums=True)
-            total += added * sums.add + (count - added) * number.add
-        elif operation == "multiply" or full:
-            total += count * _unit(operation, number, table)
-    return total
-
-
-def _unit(operation: str, number: NumberFormat, table: EnergyTable) -> float:
-    """Picojoules of one operation."""
-    if operation in SOFTWARE:
-        multiplications, additions = SOFTWARE[operation]
-        return multiplications * number.multiply + additions * number.add
-    if operation == "multiply":
-        return number.multiply
-    if operation in ("absolute", "negate"):
-        return number.sign
-    return table.formats["int32"].add if operation == "bitwise" else number.add
-
-
-def _bytes(entry: Entry, table: EnergyTable) -> int:
-    """Bytes that an operator moves in the formats in which it is priced.
-
-    What moves between operators is kept in the format of the arithmetic around it, so with a
-    table that has one format for all, conversions between floating-point formats move nothing.
-    """
-    if entry.operator == "convert_element_type" and table.elsewhere is not None:
-        if all("float" in dtype for dtype in (*entry.read, *entry.written)):
-            return 0
-    total = 0
-    for elements, written in ((entry.read, False), (entry.written, True)):
-        for dtype, count in elements.items():
-            if "float" in dtype:
-                kind = ELEMENTWISE if entry.kind == MOVEMENT else _priced_as(entry)
-                sums = written and kind in (PRODUCT, ADDER)
-                total += count * table.number_format(dtype, kind, sums=sums).bytes
-            else:
-                total += count * item_size(dtype)
-    return total
-
-
-def _priced_as(entry: Entry) -> str:
-    return entry.priced_as or entry.kind
-
-
-def _choices(names) -> str:
-    return f"choose one of {', '.join(map(repr, names))}"

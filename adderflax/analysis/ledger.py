@@ -358,9 +358,21 @@ def _operation_count(entries: Iterable[Entry]) -> int:
 
 
 def _bytes(elements: Mapping[str, int]) -> int:
-    return sum(count * item_size(dtype) for dtype, count in elements.items())
+    return math.ceil(sum(count * item_size(dtype) for dtype, count in elements.items()))
 
 
-def item_size(dtype: str) -> int:
-    """Bytes of one element; a PRNG key counts as its two 32-bit words."""
+def width_name(*bits: int) -> str:
+    """In place of a dtype, for whole numbers of so many bits, or for two factors of a multiplication."""
+    return "bits" + "x".join(map(str, bits))
+
+
+def widths(dtype: str) -> tuple[int, ...]:
+    """The bits that such a name tells, of one number or two; none where it is that of a dtype."""
+    return tuple(map(int, dtype[4:].split("x"))) if dtype.startswith("bits") else ()
+
+
+def item_size(dtype: str) -> float:
+    """Bytes of one element; a PRNG key counts as its two 32-bit words, and bits are packed."""
+    if bits := widths(dtype):
+        return bits[0] / 8
     return 8 if dtype.startswith("key<") else np.dtype(dtype).itemsize

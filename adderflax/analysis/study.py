@@ -24,7 +24,7 @@ import jax
 
 from adderflax.analysis.configured import inference_ledger
 from adderflax.analysis.diversity import measure_workdir
-from adderflax.analysis.energy_tables import CONVENTIONS, energy
+from adderflax.analysis.pricing import CONVENTIONS, energy
 from adderflax.training import environment, trainer
 from adderflax.training.command_line import load_config
 from adderflax.training.config import ConfigDict, ConfigError, RunConfig, default_config

@@ -3,10 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from adderflax import AdderConv, AdderDense, VisionTransformer, VisionTransformerConfig
+from adderflax.analysis.integer_only import integer_only_model
+from adderflax.analysis.integers import quantize
+from adderflax.data import DataConfig, load_dataset, normalize_batch
 from adderflax.training.config import default_config
 from adderflax.training.trainer import train
 
@@ -41,6 +45,31 @@ def model_of(**fields):
 
 
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24, "centered": True, "pooling": "mean"}
+
+
+ALL_ADD = {"patch_embedding": "adder", "head": "adder", "aggregation": "l1"}
+STEM = {"stem": "conv", "mlp_kernel_size": 3}
+INFO = load_dataset(DataConfig(name="digits")).info
+MODELS = {
+    "plain": {},
+    "token": {"pooling": "token", "centered": False, "identity": False},
+    "all-add": ALL_ADD | {"pooling": "token", "power_activation": True},
+    "all-add-stem": ALL_ADD | STEM | {"centered": False},
+    "stem": STEM | {"mlp_convolution": "multiply", "power_activation": True},
+    "twin": STEM | {"arithmetic": "multiply"},
+    "vit": {"arithmetic": "vit", "pooling": "token"},
+    "no-norms": {"normalization": "none", "attention_scale": 0.05, "layer_norm_epsilon": 0.05},
+}
+
+
+def made(bits: int = 8, **fields):
+    """A model with every parameter moved from where it begins, its integers, and pixels."""
+    model, variables, _ = model_of(**(SMALL | fields))
+    noise = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: leaf + jnp.float32(0.1 * noise.normal(size=leaf.shape)), variables)
+    pixels = noise.integers(0, 256, (24, 8, 8, 1), np.uint8)
+    integers = quantize(model, variables, normalize_batch(pixels, INFO), bits=bits)
+    return integers, integer_only_model(integers, pixels, INFO), pixels
 
 
 def trained(path, **fields):

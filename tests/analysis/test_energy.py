@@ -62,13 +62,21 @@ def test_published_totals(size, capsys):
     for arguments, total in (([], default), (["--config.model.similarity=dot"], linear)):
         found = json.loads(run(capsys, *config, *arguments, "--convention", "paper"))
         setting = ["convention", "table", "memory", "unit"]
-        assert list(found) == ["model", *setting, "total", "twin_total", "ratio", "parts", "counts"]
+        totals = ["total", "twin_total", "ratio"]
+        assert list(found) == ["model", *setting, *totals, "parts", "difference", "counts"]
         assert (found["convention"], found["unit"]) == ("paper", "mJ")
         assert found["total"] == pytest.approx(total, rel=0.01)
         assert found["twin_total"] == pytest.approx(twin, rel=0.01)
         assert found["ratio"] == pytest.approx(twin / total, rel=0.01)
         assert found["model"].endswith("one image of 224x224x3, 1000 classes")
         assert found["twin_total"] == pytest.approx(macs * 4.6, rel=0.001)
+        for of, key in (("model", "total"), ("twin", "twin_total")):
+            *steps, full = found["difference"][of].values()
+            assert found["difference"][of]["paper"] == found[key] and sum(steps) == pytest.approx(full)
+            counts = found["counts"][of]
+            by_dtype = counts["operations_by_dtype"]
+            for operation, count in counts["operations"].items():
+                assert count == sum(n for name, n in by_dtype.items() if name.split()[0] == operation)
 
 
 def test_standard_vit_is_its_own_twin(capsys):

@@ -13,40 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integer_models import SMALL, model_of, trained
+from integer_models import ALL_ADD, INFO, MODELS, STEM, made, trained
 
 from adderflax import export
 from adderflax.analysis import integer_only_reference as reference
 from adderflax.analysis.integer_files import export_workdir, load_integer_only, write_integer_only
 from adderflax.analysis.integer_only import at_the_limits, integer_only_model
-from adderflax.analysis.integers import quantize
 from adderflax.data import DataConfig, load_dataset, normalize_batch
 from adderflax.models import AdderResNet, AdderResNetConfig
 from adderflax.training.workdir import WorkdirError
-
-ALL_ADD = {"patch_embedding": "adder", "head": "adder", "aggregation": "l1"}
-STEM = {"stem": "conv", "mlp_kernel_size": 3}
-INFO = load_dataset(DataConfig(name="digits")).info
-MODELS = {
-    "plain": {},
-    "token": {"pooling": "token", "centered": False, "identity": False},
-    "all-add": ALL_ADD | {"pooling": "token", "power_activation": True},
-    "all-add-stem": ALL_ADD | STEM | {"centered": False},
-    "stem": STEM | {"mlp_convolution": "multiply", "power_activation": True},
-    "twin": STEM | {"arithmetic": "multiply"},
-    "vit": {"arithmetic": "vit", "pooling": "token"},
-    "no-norms": {"normalization": "none", "attention_scale": 0.05, "layer_norm_epsilon": 0.05},
-}
-
-
-def made(bits: int = 8, **fields):
-    """A model with every parameter moved from where it begins, its integers, and pixels."""
-    model, variables, _ = model_of(**(SMALL | fields))
-    noise = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: leaf + jnp.float32(0.1 * noise.normal(size=leaf.shape)), variables)
-    pixels = noise.integers(0, 256, (24, 8, 8, 1), np.uint8)
-    integers = quantize(model, variables, normalize_batch(pixels, INFO), bits=bits)
-    return integers, integer_only_model(integers, pixels, INFO), pixels
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=MODELS)

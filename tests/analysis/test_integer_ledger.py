@@ -1,0 +1,268 @@
+"""Operations of models without floats: those that the reference runs, with bits that hold what it meets."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from integer_models import ALL_ADD, INFO, MODELS, SMALL, STEM, made
+
+from adderflax import energy as command
+from adderflax.analysis import TABLES, energy
+from adderflax.analysis import integer_only_reference as reference
+from adderflax.analysis.configured import inference_ledger, multiplying_twin
+from adderflax.analysis.energy_report import compare, layer_name
+from adderflax.analysis.integer_files import write_integer_only, write_integers
+from adderflax.analysis.integer_ledger import integer_only_ledger
+from adderflax.analysis.integer_only import at_the_limits, integer_only_model
+from adderflax.analysis.integers import quantize
+from adderflax.analysis.ledger import width_name, widths
+from adderflax.analysis.primitives import ADDER, PRODUCT
+from adderflax.data import normalize_batch
+from adderflax.training.config import default_config
+from adderflax.training.restore import load_step
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=MODELS)
+def models(request):
+    return made(**MODELS[request.param])
+
+
+def sums_of_layers(ledger):
+    layers = ledger.group(lambda entry: layer_name(entry.path) if entry.kind in (ADDER, PRODUCT) else "")
+    return {name: (part.macs, part.adder_elements) for name, part in layers.items() if name}
+
+
+def test_layers_have_the_sums_of_the_model_with_floats(models):
+    integers, whole, _ = models
+    config = integers.model.config
+    assert sums_of_layers(integer_only_ledger(whole)) == sums_of_layers(inference_ledger(config))
+    twin = integer_only_ledger(whole, twin=True)
+    assert sums_of_layers(twin) == sums_of_layers(inference_ledger(multiplying_twin(config)))
+    assert twin.adder_elements == 0
+
+
+class Seen(np.ndarray):
+    """Integers that note what is multiplied, divided and made positive, and the bits of what was."""
+
+    notes = None
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **keywords):
+        plain = [each.view(np.ndarray) if isinstance(each, Seen) else each for each in inputs]
+        result = getattr(ufunc, method)(*plain, **keywords)
+        name = {"multiply": "multiply", "square": "multiply", "floor_divide": "divide"}.get(ufunc.__name__)
+        name = "absolute" if ufunc.__name__ == "absolute" else name
+        known = [each for each in plain[name == "divide" :] if not isinstance(each, np.ndarray)]
+        # A power of two shifts, and a truth value chooses.
+        if name and not any(isinstance(each, bool) or abs(each).bit_count() == 1 for each in known):
+            operands = plain * 2 if ufunc.__name__ == "square" else plain
+            Seen.notes.append((name, result.size, [bits(each) for each in operands]))
+        return result.view(Seen) if isinstance(result, np.ndarray) else result
+
+
+def bits(values):
+    """Of a two's complement, or without a sign where nothing is below 0."""
+    low, high = int(np.min(values)), int(np.max(values))
+    return high.bit_length() if low >= 0 else max(high, ~low).bit_length() + 1
+
+
+def watched(monkeypatch, whole, run):
+    """What the reference notes as it runs, roots and lengths as one operation each."""
+
+    def root(values):
+        Seen.notes.append(("square_root", values.size, [bits(values)]))
+        return square_root(values.view(np.ndarray)).view(Seen)
+
+    square_root, bit_length = reference.square_root, reference.bit_length
+    monkeypatch.setattr(reference, "square_root", root)
+    monkeypatch.setattr(
+        reference, "bit_length", lambda values: bit_length(values.view(np.ndarray)).view(Seen)
+    )
+    plain = (reference.distances, np.matmul)
+    sums = (lambda x, y, f=f: f(x.view(np.ndarray), y.view(np.ndarray)).view(Seen) for f in plain)
+    model = reference.IntegerOnly(whole.described, whole.arrays, *sums)
+    model._arrays = {name: array.view(Seen) for name, array in model._arrays.items()}
+    Seen.notes = []
+    run(model)
+    monkeypatch.undo()
+    return Seen.notes
+
+
+def told(entries):
+    """What they count of such operations: the bits and how often."""
+    operations = ("multiply", "divide", "square_root", "absolute")
+    for entry in entries:
+        if entry.kind not in (ADDER, PRODUCT):
+            counts = {key: n for key, n in entry.operations.items() if key[0] in operations}
+            if counts:
+                yield counts
+
+
+def holds(width, operation, found):
+    """Whether these bits are enough for the operands that were found."""
+    if operation == "divide":  # a power of two by what is told
+        found = found[1:]
+    return all(f <= w for f, w in zip(sorted(found), sorted(widths(width))))
+
+
+def test_operations_are_those_that_the_reference_runs(models, monkeypatch):
+    """Each at its place in the page's order, with enough bits for ordinary images and at the limits."""
+    _, whole, pixels = models
+    entries, limits = integer_only_ledger(whole).entries, at_the_limits(whole)
+    many = watched(monkeypatch, whole, lambda model: model.logits(pixels))
+    limited = watched(monkeypatch, whole, lambda model: model.trace_limits(**limits))
+    for notes, images, whole_run in ((many, len(pixels), True), (limited, len(limits["tokens"]), False)):
+        # From the end: at the limits images and their embedding are left out.
+        counted, left = told(reversed(entries)), {}
+        for operation, number, found in reversed(notes):
+            left = left or dict(next(counted))
+            number //= images
+            fitting = [  # from the end, too
+                key
+                for key, n in reversed(left.items())
+                if key[0] == operation and n >= number and holds(key[1], operation, found)
+            ]
+            assert fitting, (operation, number, found, left)
+            left = {key: n - number * (key == fitting[0]) for key, n in left.items()}
+            left = {key: n for key, n in left.items() if n}
+        # The first row of numbers at the limits, which is given, is seen when it is multiplied.
+        assert {operation for operation, _ in left} <= (set() if whole_run else {"absolute"})
+        assert not (whole_run and [*counted])
+
+
+def test_what_is_summed_and_attended_has_its_bits(models):
+    _, whole, pixels = models
+    limits = whole.trace_limits(**at_the_limits(whole))
+    ledger = integer_only_ledger(whole)
+    for traced, prefix in ((whole.trace(pixels), ""), (limits, reference.LIMITS)):
+        for index in range(whole.described["model"]["depth"]):
+            name = f"block_{index}/attention"
+            (entry,) = (e for e in ledger.entries if layer_name(e.path) == name and e.operator == "heads")
+            ((width, count),) = entry.written.items()
+            heads = traced[f"{prefix}{name}/heads"]
+            assert count == heads[0].size and bits(heads) <= widths(width)[0]
+    for entry in ledger.entries:
+        if entry.sums:
+            ((width, _),) = entry.written.items()
+            assert width == entry.sums
+            layer = whole.described["layers"].get(layer_name(entry.path))
+            assert layer is None or widths(width) == (layer["accumulator_bits"],)
+
+
+def test_a_twin_is_that_of_an_export():
+    """Its steps are those of a model that multiplies, its accumulators no narrower."""
+    assumed = integer_only_ledger(made(**STEM, mlp_convolution="multiply")[1], twin=True)
+    own = integer_only_ledger(made(**STEM, arithmetic="multiply")[1])
+    assert assumed.operations == own.operations and assumed.macs == own.macs
+    for theirs, ours in zip(assumed.entries, own.entries, strict=True):
+        assert (theirs.path, theirs.operator) == (ours.path, ours.operator)
+        if theirs.sums:
+            assert widths(theirs.sums) >= widths(ours.sums) and widths(ours.sums)[0] > 16
+
+
+def test_fewer_bits_are_counted_and_packed():
+    ledgers = {n: integer_only_ledger(made(bits=n, **ALL_ADD)[1]) for n in (4, 8)}
+    for n, ledger in ledgers.items():
+        (fc1,) = (e for e in ledger.entries if e.kind == ADDER and e.path.endswith("/mlp/fc1"))
+        assert fc1.operations[("add", width_name(n))] == fc1.operations[("absolute", width_name(n + 1))]
+        assert fc1.elements == fc1.operations[("add", fc1.sums)] == 16 * 16 * 24
+    assert ledgers[4].operations == ledgers[8].operations
+    assert ledgers[4].bytes_read < ledgers[8].bytes_read
+    for convention in ("paper", "full"):
+        prices = [energy(ledgers[n], convention, "integer_only") for n in (4, 8)]
+        assert prices[0].total < prices[1].total
+
+
+def test_widths_are_priced_between_the_published_ones():
+    for technology, (narrow, wide, times8, times32) in {
+        "": (0.03, 0.1, 0.2, 3.1),
+        "_7nm": (0.007, 0.03, 0.07, 1.48),
+    }.items():
+        table = TABLES[f"integer_only{technology}"]
+        formats = {n: table.number_format(width_name(n), ADDER) for n in (2, 8, 15, 20, 32)}
+        assert [formats[n].add for n in (8, 20, 32)] == pytest.approx([narrow, (narrow + wide) / 2, wide])
+        assert formats[20].sign == formats[20].add and 0 < formats[2].add < narrow
+        products = [table.number_format(width_name(*each), PRODUCT).multiply for each in ((8, 8), (32, 32))]
+        assert products == pytest.approx([times8, times32])
+        # Both factors count: the geometric mean of the ends has the geometric mean of the products.
+        for factors in ((16, 16), (8, 32), (32, 8)):
+            between = table.number_format(width_name(*factors), PRODUCT).multiply
+            assert between == pytest.approx((times8 * times32) ** 0.5)
+    with pytest.raises(ValueError, match="table 'integer_only' has no figures for float32, only for int8, "):
+        energy(inference_ledger(made()[0].model.config), "paper", "integer_only")
+
+
+def test_energy_by_hand():
+    _, whole, _ = made()
+    ledger = integer_only_ledger(whole)
+    (entry,) = (e for e in ledger.entries if e.path.endswith("/mlp/fc1") and e.kind == ADDER)
+    accumulator = whole.described["layers"]["block_0/mlp/fc1"]["accumulator_bits"]
+    term = 0.03 + 0.03 + 0.07 * (accumulator - 8) / 24
+    parts = {p.name: p for p in compare(ledger, ledger, TABLES["integer_only"], "none").parts}
+    other = whole.described["layers"]["block_0/mlp/fc2"]["accumulator_bits"]
+    terms = entry.elements * (2 * term + 0.07 * (other - accumulator) / 24)
+    assert parts["fc1, fc2"].model["paper"].total == pytest.approx(1e-9 * terms)
+    magnitudes = 2 * entry.elements * (0.03 + 0.07 / 24)  # of differences, which have a bit more
+    of_sums = parts["fc1, fc2"].model["full"].operations["adder"]
+    assert of_sums == pytest.approx(1e-9 * (terms + magnitudes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "name", "bits"),
+    [
+        ("cifar10_adder_vit", "cifar10_int8", 8),
+        ("cifar10_adder_vit", "cifar10_int4", 4),
+        ("cifar10_twin", "twin_int8", 8),
+    ],
+)
+def test_the_operations_on_the_page_are_those_of_the_weights(weights, name, bits):
+    """Other pixels choose other units, which changes bits and no operation."""
+    lines = map(json.loads, (ROOT / "results" / "integers_energy.jsonl").read_text().splitlines())
+    lines = [line for line in lines if line["model"].startswith(f"runs/{name}:")]
+    model, variables, info, _ = load_step(ROOT / "weights" / weights)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    integers = quantize(model, variables, normalize_batch(pixels, info), bits=bits)
+    operations = integer_only_ledger(integer_only_model(integers, pixels, info)).operations
+    assert len(lines) == 2 and all(operations.items() <= line.items() for line in lines)
+
+
+def test_the_command(tmp_path, capsys):
+    integers, whole, pixels = made()
+    config = default_config()
+    config.update_from_flattened_dict({f"model.{name}": value for name, value in SMALL.items()})
+    for name in ("run", "part", "whole"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config.to_json())
+        (tmp_path / name / "dataset.json").write_text(json.dumps(dataclasses.asdict(INFO)))
+    for name in ("part", "whole"):
+        write_integers(tmp_path / name, integers, pixels[:1], INFO)
+    write_integer_only(tmp_path / "whole", whole, pixels[:1])
+
+    def printed(*arguments):
+        command.main([str(tmp_path / "whole"), *arguments])
+        return capsys.readouterr().out
+
+    found = json.loads(printed("--table=integer_only", "--json"))
+    assert found["table"] == "integer_only" and 1 < found["ratio"] < 5
+    counts = found["counts"]["model"]
+    assert counts["operations_by_dtype"]["add bits8"] == counts["adder_terms"] > 0
+    text = printed("--table=integer_only_7nm")
+    (line,) = (line for line in text.splitlines() if line.startswith("multiply, 8 x 8 "))
+    twin = found["counts"]["twin"]["operations_by_dtype"]["multiply bits8x8"]
+    assert line.split()[-1] == f"{twin / 1e6:.3f}"
+    assert "7 nm; what python -m adderflax.export --integer_only writes" in text
+    # Of the other form of the same export it counts as before.
+    assert json.loads(printed("--json"))["table"] == "exported" and "by bits" not in printed()
+    for arguments, message in {
+        (
+            str(tmp_path / "run"),
+        ): "prices a model without floats, and .*run is none. Write one by .* --integer",
+        ("--config", "configs/digits_adder_vit.py"): "prices a model without floats, and configs/digits_",
+        (str(tmp_path / "part"),): "cannot be read as a model without floats: .* with --integer_only",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            command.main([*arguments, "--table=integer_only"])
