@@ -5,8 +5,8 @@ can meet, whatever the image: accumulators have the `accumulator_bits` of their 
 from the page. "bits17" in place of a dtype is a number of 17 bits, "bits16x8" two factors; arrays are packed,
 so that one of 17 bits takes 17/8 bytes. Of what the page says
 
-* bringing a value to another unit is one addition, of the half, and clipping it two comparisons; a shift by
-  places that are known is a matter of wires and costs nothing;
+* bringing a value to a coarser unit is one addition, of the half, and clipping it two comparisons where it
+  can exceed; a shift by places that are known is a matter of wires and costs nothing;
 * a shift by places that are computed, and `bit_length`, are one "shift" each;
 * a table costs what it takes to read an entry, and nothing where arithmetic alone is priced;
 * `n * x` in a normalization multiplies unless n is a power of two.
@@ -18,7 +18,7 @@ accumulators for any weights, because its own are not known here.
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from adderflax.analysis.integer_only_reference import (
     ONE,
     ROOT,
     SHARE,
+    SOFTMAX,
     TABLE,
     WIDE,
     IntegerOnly,
@@ -61,6 +62,14 @@ def integer_only_ledger(whole: IntegerOnly, *, twin: bool = False) -> Ledger:
     return Ledger(tuple(_Counter(whole, twin).entries))
 
 
+class _Values(NamedTuple):
+    """n values of `width` bits, in units of 2^exponent."""
+
+    n: int
+    width: int
+    exponent: int
+
+
 class _Counter:
     """Goes through the steps of integer_only.md in its order.
 
@@ -78,175 +87,188 @@ class _Counter:
         self._count()
 
     def _count(self) -> None:
-        layers = self._described["layers"]
-        first, n = next(iter(layers)), self._size(f"{next(iter(layers))}/inputs")
-        self._append("", "lookup", read=[(8, n), (self._bits(first), n)], written=[(self._bits(first), n)])
-        # Pixels, and what a table gives, are as the next layer takes them.
+        layers, stream = self._described["layers"], self._described["stream"]["exponent"]
+        first = next(iter(layers))
+        n, bits = self._size(f"{first}/inputs"), self._bits(first)
+        self._append("", "lookup", read=[(8, n), (bits, n)], written=[(bits, n)])
+        x = _Values(n, bits, self._unit(first))
         stems = [name for name in layers if name.startswith("stem_")]
         for name, following in zip(stems, [*stems[1:], "patch_embedding"]):
-            self._layer(name)
-            self._table("", self._size(name), WIDE, self._bits(following))
-        self._layer("patch_embedding")
-        self._stream("embedded", "", "patch_embedding")
+            x = self._table(f"{name}/gelu", "", self._layer(name, x), following)
+        x = self._rescaled("patch_embedding", self._layer("patch_embedding", x), stream)
+        x = self._added_to_stream("", x._replace(n=self._size("embedded")))
         for index in range(self._model["depth"]):
             block = f"block_{index}"
-            self._norm(f"{block}/attention_norm", WIDE)
-            self._attention(f"{block}/attention")
-            self._stream(f"{block}/attended", block, block)
-            self._norm(f"{block}/mlp_norm", WIDE)
-            self._mlp(f"{block}/mlp")
-            self._stream(block, block, block)
-        self._norm("norm", WIDE)
+            for part, inside in (("attention", self._attention), ("mlp", self._mlp)):
+                h = inside(f"{block}/{part}", self._norm(f"{block}/{part}_norm", x))
+                x = self._added_to_stream(block, self._rescaled(block, h, stream))
+        x = self._norm("norm", x._replace(n=self._size("norm")))
         if self._model["pooling"] == "mean":
             T, D = self._shapes["norm"][-2:]
-            width = WIDE + _more(T)
-            divided = [] if _is_power_of_two(T) else [("divide", width, D)]
-            operations = [("add", width, T * D), *divided]  # with the half
+            total = WIDE + _more(T)
+            operations = [("add", total, T * D)]  # with the half
+            if not _is_power_of_two(T):
+                operations.append(("divide", total, D))
             self._append("", "mean", operations, [(WIDE, T * D)], [(WIDE, D)])
-        self._layer("head", WIDE)
+            x = x._replace(n=D)
+        self._layer("head", x)
 
-    def _attention(self, name: str) -> None:
+    def _attention(self, name: str, x: _Values) -> _Values:
         entry, identity = self._described["attentions"][name], self._model["identity"]
         adds, aggregates = (self._model[part] == "l1" for part in ("similarity", "aggregation"))
-        (_, H, T, S), d = self._shapes[f"{name}/scores"], self._shapes[f"{name}/queries"][-1]
         bits, value_bits, sums = entry["query_bits"], entry["value_bits"], entry["accumulator_bits"]
+        (_, H, T, S), d = self._shapes[f"{name}/scores"], self._shapes[f"{name}/queries"][-1]
+        falling = entry["shift"]
         if self._twin:
             if adds:
+                falling += _of_any_weights(d) - sums
                 bits, sums = _MULTIPLIED, _of_any_weights(d)
             adds, aggregates, value_bits = False, False, _MULTIPLIED
-        for part in ("query", "key", "value"):
-            self._layer(f"{name}/{part}", WIDE)
         scores, rows, features = H * T * S, H * T, T * H * d
-        for width in (bits, bits, value_bits):
-            self._rescaled(name, features, WIDE, width)
+        for part, width in (("query", bits), ("key", bits), ("value", value_bits)):
+            unit = entry[part] - (width - entry[f"{part}_bits"])
+            self._rescaled(name, self._layer(f"{name}/{part}", x), unit, width)
         self._sums(name, adds, (bits, bits), sums, scores * d, (features, features), scores)
 
         exponentials = (_EXPONENTIAL, scores)
         product = sums + _FALL
+        # f, and f / 256.
+        fall = max(product - falling + (falling > 0), 1)
+        places = max(fall - SOFTMAX, 1)
         operations = [
             ("compare", sums, rows * (S - 1)),
             ("add", sums, scores),
             ("multiply", (sums, _FALL), scores),
-            ("add", product, scores),
-            ("compare", product, scores),
+            ("add", product, scores * (falling > 0)),
+            ("compare", places, scores),
             ("shift", _EXPONENTIAL, scores),
         ]
         self._append(name, "exponentials", operations, [(sums, scores), exponentials], [exponentials])
         total = _EXPONENTIAL + _more(S)
-        operations = [("add", total, rows * (S - 1)), ("shift", total, rows), ("divide", _RADICAND, rows)]
+        divided = SHARE + total + 1  # 2^(SHARE + p)
+        operations = [("add", total, rows * (S - 1)), ("shift", total, rows), ("divide", divided, rows)]
         self._append(name, "share", operations, [exponentials], [(_RECIPROCAL, rows)])
 
+        share, unit = (_RECIPROCAL, rows), entry["value"]
         if not aggregates:
             # What rounding adds can exceed the largest value.
             width, summed = value_bits + ATTENDED + 1, _EXPONENTIAL + value_bits + _more(S)
             factors, read = (_EXPONENTIAL, value_bits), (scores, features)
             self._sums(name, False, factors, summed, scores * d, read, features)
-            product = width + _RECIPROCAL
             operations = [
                 ("add", summed, features),
                 ("shift", summed, features),
                 ("multiply", (width, _RECIPROCAL), features),
-                ("add", product, features),
+                ("add", width + _RECIPROCAL, features),
                 ("add", width + 1, identity * features),
             ]
-            read = [(summed, features), (_RECIPROCAL, rows), (value_bits, identity * features)]
-            width += identity
+            read = [(summed, features), share, (value_bits, identity * features)]
+            width, unit = width + identity, unit - ATTENDED
         else:
             product = _EXPONENTIAL + _RECIPROCAL
+            # Of 0 to 1, or to 2 with the identity, in units of values.
+            weight = 2 + identity - unit
             operations = [
                 ("multiply", (_EXPONENTIAL, _RECIPROCAL), scores),
                 ("add", product, scores),
                 ("shift", product, scores),
-                ("add", WIDE, identity * rows),
+                ("add", weight, identity * rows),
             ]
-            weights = (
-                2 + identity - entry["value"]
-            )  # of 0 to 1, or to 2 with the identity, in units of values
-            self._append(
-                name, "weights", operations, [exponentials, (_RECIPROCAL, rows)], [(weights, scores)]
-            )
-            term = max(weights, WIDE)
+            self._append(name, "weights", operations, [exponentials, share], [(weight, scores)])
+            term = max(weight, WIDE)
             width = term + 1 + _more(S)
             self._sums(name, True, (term, term), width, scores * d, (scores, features), features)
             operations = [("absolute", WIDE, features), ("add", width, 2 * features)]
             read = [(width, features), (WIDE, features)]
         self._append(name, "heads", operations, read, [(width, features)])
-        self._layer(f"{name}/out", width)
+        return self._layer(f"{name}/out", _Values(features, width, unit))
 
-    def _mlp(self, name: str) -> None:
-        self._layer(f"{name}/fc1", WIDE)
-        n, width = self._size(f"{name}/fc1"), WIDE
+    def _mlp(self, name: str, x: _Values) -> _Values:
+        x = self._layer(f"{name}/fc1", x)
         if self._model["mlp_kernel_size"] is not None:
-            self._layer(f"{name}/conv", WIDE)
-            units = (self._described["layers"][f"{name}/{part}"]["output"] for part in ("fc1", "conv"))
-            width += abs(int(np.subtract(*units))) + 1
-            self._append(f"{name}/conv", "add", [("add", width, n)], [(WIDE, 2 * n)], [(width, n)])
-        self._table(name, n, width, self._bits(f"{name}/fc2"))
-        self._layer(f"{name}/fc2")
+            y = self._layer(f"{name}/conv", x)
+            unit = min(x.exponent, y.exponent)
+            width = max(each.width + each.exponent - unit for each in (x, y)) + 1
+            moved = [(x.width, x.n), (y.width, y.n)]
+            self._append(f"{name}/conv", "add", [("add", width, x.n)], moved, [(width, x.n)])
+            x = _Values(x.n, width, unit)
+        return self._layer(f"{name}/fc2", self._table(f"{name}/gelu", name, x, f"{name}/fc2"))
 
-    def _layer(self, name: str, width: int | None = None) -> None:
-        """A layer; `width` is that of its input where that has another unit."""
+    def _layer(self, name: str, x: _Values) -> _Values:
         entry, kernel = self._described["layers"][name], self._arrays[f"{name}/kernel"]
-        inputs, n, bits = self._size(f"{name}/inputs"), self._size(f"{name}/sums"), self._bits(name)
-        terms = kernel[..., 0].size
-        adds, sums = entry["adds"], entry["accumulator_bits"]
+        n, bits, terms = self._size(f"{name}/sums"), self._bits(name), kernel[..., 0].size
+        adds, sums, unit = entry["adds"], entry["accumulator_bits"], entry["sums"]
         if self._twin and adds:
             adds, sums = False, _of_any_weights(terms)
-        if width is not None:
-            self._rescaled(name, inputs, width, bits)
-        self._sums(name, adds, (bits, bits), sums, n * terms, (inputs, kernel.size), n)
+            unit -= sums - entry["accumulator_bits"]
+        x = self._rescaled(name, x, self._unit(name), bits)
+        self._sums(name, adds, (bits, bits), sums, n * terms, (x.n, kernel.size), n)
+        x = _Values(n, sums, unit)
         if f"{name}/norm/gain" in self._arrays:
-            self._norm(f"{name}/norm", sums)
+            x = self._norm(f"{name}/norm", x)
         elif entry["output"] is not None:
-            self._rescaled(name, n, sums)
-        if f"{name}/power" in self._arrays:
-            self._table(name, n, WIDE, WIDE)
+            x = self._rescaled(name, x, entry["output"])
+        return self._table(f"{name}/power", name, x) if f"{name}/power" in self._arrays else x
 
-    def _norm(self, name: str, width: int) -> None:
-        """A normalization of values of so many bits."""
-        n, values = self._arrays[f"{name}/gain"].size, self._size(name)
-        rows = values // n
-        total, squares = width + _more(n), 2 * LARGEST + 2 + _more(n)
+    def _norm(self, name: str, x: _Values) -> _Values:
+        n, entry = self._arrays[f"{name}/gain"].size, self._described["norms"][name]
+        rows = x.n // n
+        total, row = x.width + _more(n), 2 * LARGEST + 1 + _more(n)
+        squares = max(row, entry["epsilon"].bit_length()) + 1
         centered, divided, scaled = total + 1, _ROW + _RECIPROCAL, _NORMALIZED + WIDE
-        scaling = [] if _is_power_of_two(n) else [("multiply", (width, n.bit_length()), values)]
+        result = max(scaled - entry["shift"], WIDE) + 1
+        scaling = [] if _is_power_of_two(n) else [("multiply", (x.width, n.bit_length()), x.n)]
         operations = [
             *scaling,
             ("add", total, rows * (n - 1)),
-            ("add", centered, 2 * values),  # the difference, and a half before the shift
-            ("absolute", centered, values),
+            ("add", centered, 2 * x.n),  # the difference, and a half before the shift
+            ("absolute", centered, x.n),
             ("compare", centered, rows * (n - 1)),
-            ("shift", centered, rows + values),
-            ("multiply", (_ROW, _ROW), values),
-            ("add", squares, values),  # the last is of epsilon
+            ("shift", centered, rows + x.n),
+            ("multiply", (_ROW, _ROW), x.n),
+            ("add", squares, x.n),  # the last is of epsilon
             ("compare", squares, rows),
             ("shift", squares, 3 * rows),  # epsilon's shift, bits of the sum, the radicand
             ("square_root", _RADICAND, rows),
             ("divide", _RADICAND, rows),
-            ("multiply", (_ROW, _RECIPROCAL), values),
-            ("add", divided, values),
-            ("shift", divided, values),
-            ("multiply", (_NORMALIZED, WIDE), values),
-            ("add", scaled, 2 * values),
-            ("compare", scaled, 2 * values),
+            ("multiply", (_ROW, _RECIPROCAL), x.n),
+            ("add", divided, x.n),
+            ("shift", divided, x.n),
+            ("multiply", (_NORMALIZED, WIDE), x.n),
+            ("add", scaled, x.n * (entry["shift"] > 0)),
+            ("add", result, x.n),
+            ("compare", result, 2 * x.n),
         ]
-        self._append(name, "norm", operations, [(width, values), (WIDE, 2 * n)], [(WIDE, values)])
+        self._append(name, "norm", operations, [(x.width, x.n), (WIDE, 2 * n)], [(WIDE, x.n)])
+        return _Values(x.n, WIDE, entry["output"])
 
-    def _table(self, path: str, n: int, width: int, bits: int) -> None:
-        """A table, entered with values of so many bits, which gives values of `bits`."""
-        self._rescaled(path, n, width, TABLE)
-        self._append(path, "lookup", read=[(TABLE, n), (bits, n)], written=[(bits, n)])
+    def _table(self, name: str, path: str, x: _Values, follower: str | None = None) -> _Values:
+        """A table, which gives what the layer that follows takes, or without one values of `WIDE` bits."""
+        entry = self._described["tables"][name]
+        bits, unit = WIDE, entry["output"]
+        if follower is not None:
+            bits, unit = self._bits(follower), self._unit(follower)
+        self._rescaled(path, x, entry["input"], TABLE)
+        self._append(path, "lookup", read=[(TABLE, x.n), (bits, x.n)], written=[(bits, x.n)])
+        return _Values(x.n, bits, unit)
 
-    def _stream(self, name: str, path: str, update: str) -> None:
-        """The stream after an update, which comes from the module `update`."""
-        n = self._size(name)
-        self._rescaled(update, n, WIDE)
+    def _added_to_stream(self, path: str, update: _Values) -> _Values:
+        """The stream after an update that is in its unit."""
+        n = update.n
         operations = [("add", WIDE + 1, n), ("compare", WIDE + 1, 2 * n)]
         self._append(path, "add", operations, [(WIDE, 2 * n)], [(WIDE, n)])
+        return update
 
-    def _rescaled(self, path: str, n: int, width: int, bits: int = WIDE) -> None:
-        """Values of `width` bits in another unit and `bits`."""
-        operations = [("add", width, n), ("compare", width, 2 * n)]
-        self._append(path, "rescale", operations, [(width, n)], [(bits, n)])
+    def _rescaled(self, path: str, x: _Values, exponent: int, bits: int = WIDE) -> _Values:
+        """The same values in another unit and so many bits."""
+        places = exponent - x.exponent
+        left = x.width - places + (places > 0)  # the half can carry
+        operations = [("add", x.width, x.n)] if places > 0 else []
+        if left > bits:
+            operations.append(("compare", left, 2 * x.n))
+        if operations:
+            self._append(path, "rescale", operations, [(x.width, x.n)], [(bits, x.n)])
+        return _Values(x.n, bits, exponent)
 
     def _sums(
         self,
@@ -308,6 +330,11 @@ class _Counter:
         """Of the operands of a layer."""
         entry = self._described["layers"][name]
         return _MULTIPLIED if self._twin and entry["adds"] else entry["bits"]
+
+    def _unit(self, name: str) -> int:
+        """Of a layer's inputs; more bits, of a twin, have a finer one."""
+        entry = self._described["layers"][name]
+        return entry["input"] - (self._bits(name) - entry["bits"])
 
 
 def _added(pairs: Iterable[tuple[Any, int]]) -> dict[Any, int]:

@@ -133,6 +133,39 @@ def test_operations_are_those_that_the_reference_runs(models, monkeypatch):
         assert not (whole_run and [*counted])
 
 
+def test_other_units_are_counted_where_the_reference_takes_them(models, monkeypatch):
+    """In the page's order: halves where values get coarser, limits wherever they are reached."""
+    _, whole, pixels = models
+    counted = [entry for entry in integer_only_ledger(whole).entries if entry.operator == "rescale"]
+    adds, others = (
+        [entry for entry in counted if any(name == "add" for name, _ in entry.operations) == rounds]
+        for rounds in (True, False)
+    )
+    rescaled, noted_calls = reference.rescaled, []
+
+    def noted(x, exponent, bound=reference.WIDE):
+        places = exponent - x.exponent
+        noted_calls.append((places > 0, x.integers, reference.shifted(x.integers, places), bound))
+        return rescaled(x, exponent, bound)
+
+    monkeypatch.setattr(reference, "rescaled", noted)
+    limits = at_the_limits(whole)
+    whole.trace_limits(**limits)
+    limited = noted_calls[:-1]  # without what is looked up in the end
+    noted_calls.clear()
+    whole.logits(pixels)
+    for calls, images in ((noted_calls, len(pixels)), (limited, len(limits["tokens"]))):
+        rounded = [call[1:] for call in calls if call[0]]
+        assert images != len(pixels) or len(rounded) == len(adds)
+        for entry, (before, after, bound) in zip(reversed(adds), reversed(rounded)):
+            ((width, n),), ((_, left),) = entry.read.items(), entry.written.items()
+            assert n == left == before.size // images and entry.operations["add", width] == n
+            assert bits(before) <= widths(width)[0]
+            compared = [widths(w)[0] for (name, w), _ in entry.operations.items() if name == "compare"]
+            assert bits(after) <= (compared[0] if compared else bound)
+        assert sum(bits(after) > bound for rounds, _, after, bound in calls if not rounds) <= len(others)
+
+
 def test_what_is_summed_and_attended_has_its_bits(models):
     _, whole, pixels = models
     limits = whole.trace_limits(**at_the_limits(whole))
@@ -220,14 +253,15 @@ def test_energy_by_hand():
     ],
 )
 def test_the_operations_on_the_page_are_those_of_the_weights(weights, name, bits):
-    """Other pixels choose other units, which changes bits and no operation."""
+    """Other pixels choose other units, which changes bits, and what is rounded and clipped."""
     lines = map(json.loads, (ROOT / "results" / "integers_energy.jsonl").read_text().splitlines())
     lines = [line for line in lines if line["model"].startswith(f"runs/{name}:")]
     model, variables, info, _ = load_step(ROOT / "weights" / weights)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     integers = quantize(model, variables, normalize_batch(pixels, info), bits=bits)
     operations = integer_only_ledger(integer_only_model(integers, pixels, info)).operations
-    assert len(lines) == 2 and all(operations.items() <= line.items() for line in lines)
+    kept = {name: operations[name] for name in ("multiply", "absolute", "shift", "divide", "square_root")}
+    assert len(lines) == 2 and all(kept.items() <= line.items() for line in lines)
 
 
 def test_the_command(tmp_path, capsys):
