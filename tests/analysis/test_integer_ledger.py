@@ -145,7 +145,7 @@ def test_other_units_are_counted_where_the_reference_takes_them(models, monkeypa
 
     def noted(x, exponent, bound=reference.WIDE):
         places = exponent - x.exponent
-        noted_calls.append((places > 0, x.integers, reference.shifted(x.integers, places), bound))
+        noted_calls.append((places, x.integers, reference.shifted(x.integers, places), bound))
         return rescaled(x, exponent, bound)
 
     monkeypatch.setattr(reference, "rescaled", noted)
@@ -155,15 +155,16 @@ def test_other_units_are_counted_where_the_reference_takes_them(models, monkeypa
     noted_calls.clear()
     whole.logits(pixels)
     for calls, images in ((noted_calls, len(pixels)), (limited, len(limits["tokens"]))):
-        rounded = [call[1:] for call in calls if call[0]]
+        rounded = [call for call in calls if call[0] > 0]
         assert images != len(pixels) or len(rounded) == len(adds)
-        for entry, (before, after, bound) in zip(reversed(adds), reversed(rounded)):
+        for entry, (places, before, after, bound) in zip(reversed(adds), reversed(rounded)):
             ((width, n),), ((_, left),) = entry.read.items(), entry.written.items()
             assert n == left == before.size // images and entry.operations["add", width] == n
             assert bits(before) <= widths(width)[0]
             compared = [widths(w)[0] for (name, w), _ in entry.operations.items() if name == "compare"]
-            assert bits(after) <= (compared[0] if compared else bound)
-        assert sum(bits(after) > bound for rounds, _, after, bound in calls if not rounds) <= len(others)
+            left = widths(width)[0] - places + 1
+            assert compared == ([left] if left > bound else []) and bits(after) <= max(left, 1)
+        assert sum(bits(after) > bound for places, _, after, bound in calls if places <= 0) <= len(others)
 
 
 def test_what_is_summed_and_attended_has_its_bits(models):
@@ -183,6 +184,34 @@ def test_what_is_summed_and_attended_has_its_bits(models):
             assert width == entry.sums
             layer = whole.described["layers"].get(layer_name(entry.path))
             assert layer is None or widths(width) == (layer["accumulator_bits"],)
+
+
+def test_operands_of_attention_have_their_bits(models):
+    _, whole, pixels = models
+    seen = []
+
+    def noting(product):
+        def noted(x, y):
+            if x.ndim == 4:  # of scores, and of exponentials or weights with values
+                seen.append((bits(x), bits(y)))
+            return product(x, y)
+
+        return noted
+
+    model = reference.IntegerOnly(
+        whole.described, whole.arrays, noting(reference.distances), noting(np.matmul)
+    )
+    model.logits(pixels)
+    model.trace_limits(**at_the_limits(whole))
+    entries = [e for e in integer_only_ledger(whole).entries if e.sums and e.path.endswith("/attention")]
+    assert len(seen) == 2 * len(entries) > 0
+    for (x, y), entry in zip(seen, 2 * entries):
+        told = {name: widths(width) for name, width in entry.operations}
+        first, second = told["multiply"] if "multiply" in told else 2 * (told["absolute"][0] - 1,)
+        assert x <= first and y <= second
+    if whole.described["model"]["aggregation"] == "l1":
+        # One with the identity, 2 where a token attends to itself alone; and told is a sign.
+        assert seen[1][0] == first - 2
 
 
 def test_a_twin_is_that_of_an_export():
