@@ -212,6 +212,10 @@ def test_operands_of_attention_have_their_bits(models):
     if whole.described["model"]["aggregation"] == "l1":
         # One with the identity, 2 where a token attends to itself alone; and told is a sign.
         assert seen[1][0] == first - 2
+    # No image takes scores as far apart as accumulators go.
+    falls = [width for e in integer_only_ledger(whole).entries for _, width in e.operations if "x15" in width]
+    entries = whole.described["attentions"].values()
+    assert falls == [width_name(entry["accumulator_bits"], 15) for entry in entries]
 
 
 def test_a_twin_is_that_of_an_export():
@@ -223,6 +227,19 @@ def test_a_twin_is_that_of_an_export():
         assert (theirs.path, theirs.operator) == (ours.path, ours.operator)
         if theirs.sums:
             assert widths(theirs.sums) >= widths(ours.sums) and widths(ours.sums)[0] > 16
+
+
+def test_a_twin_without_normalizations_has_the_same_outputs():
+    """Its sums have more bits, by which their unit is finer."""
+    _, whole, _ = made(normalization="none")
+    widest = {}
+    for twin in (False, True):
+        for entry in integer_only_ledger(whole, twin=twin).entries:
+            for operation, width in entry.operations if entry.operator == "rescale" else ():
+                widest[twin, operation] = max(widest.get((twin, operation), 0), *widths(width))
+    assert widest[True, "add"] > widest[False, "add"]
+    clipped = widest[False, "compare"]
+    assert clipped <= widest[True, "compare"] <= clipped + 1  # where a half is added it can carry
 
 
 def test_fewer_bits_are_counted_and_packed():
