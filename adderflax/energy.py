@@ -109,7 +109,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--table",
         choices=TABLES,
-        help="unit energies, at 45 nm but for _7nm (default fp32; of an export, exported)",
+        help="unit energies, at 45 nm but for _7nm (default fp32; of an export, exported); integer_only: of "
+        "what an export holds besides if it was written with --integer_only",
     )
     levels = tuple(dict.fromkeys(level for table in TABLES.values() for level in table.memory))
     parser.add_argument(
