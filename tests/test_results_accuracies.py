@@ -372,6 +372,24 @@ def test_the_table_of_the_warm_runs_is_what_they_wrote():
     assert [len(accuracies) for accuracies in found.values()] == [6, 4, 6, 6, 6]
 
 
+def test_the_resnet_of_ten_epochs():
+    page = (RESULTS / "cifar10.md").read_text()
+    config = (RESULTS.parent / "configs" / "cifar10_adder_resnet20.py").read_text()
+    labels = {"adder": "adder, 0.27 M parameters", "multiply": "the same, every convolution multiplies"}
+    found = {}
+    for name, label in labels.items():
+        summary = json.loads((RESULTS / "cifar10" / f"resnet20_{name}" / "summary.json").read_text())
+        found[name] = summary["test_accuracy"]
+        assert f"\n| {label} | {found[name]:.4f} | {summary['seconds'] / 60:.0f} |\n" in page
+        assert (summary["parameters"], summary["config"]["epochs"]) == (272_484, 10.0)
+        assert summary["config"]["model"]["arithmetic"] == name
+        hours = 40 * summary["seconds"] / 3600
+        assert name != "adder" or f"which would take {hours:.0f} hours on that core" in " ".join(page.split())
+    assert f"in ten epochs it is {100 * (found['multiply'] - found['adder']):.1f} points behind" in page
+    told = f"reached {found['adder']:.4f} of the test images, its twin {found['multiply']:.4f}"
+    assert told in " ".join(config.split())
+
+
 def test_the_weights_that_come_along_are_of_the_runs():
     for weights, run in (("cifar10_twin", "multiply"), ("cifar10_adder_vit", "warm")):
         ours, theirs = (
