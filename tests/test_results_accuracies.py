@@ -142,7 +142,7 @@ def test_accuracies_with_centered_templates():
     first = np.mean(found["long-adder-wide"][:2]) - np.mean(twin[:2])
     assert f"The first two seeds had promised {first:.1f}." in page
     more = mean["multiply-wide"] - mean["adder-wide"]
-    told = f"has {mean['multiply-wide']:.1f} (one seed), {more:.1f} more than the adder model's mean"
+    told = f"has {mean['multiply-wide']:.1f} (two seeds), {more:.1f} more than the adder model"
     assert f"A twin as wide {told}, where at 64 features it was {behind[0]}" in page
     assert f"and {ahead} ahead (three) if it is half as wide again" in readme
     assert f"{ahead} ahead with half as many features again" in CLAIMS
