@@ -353,7 +353,8 @@ def _widths_table(report: Report) -> list[str]:
     columns = [_by_dtype(ledger) for ledger in (report.model, report.twin)]
     # By operation, then from narrow to wide.
     keys = sorted({(key[0], *widths(key[1])) for column in columns for key in column if widths(key[1])})
-    lines = [f"{'by bits of the operands, millions an image':45}{'model':>14}{'twin':>14}"] if keys else []
+    title = "by bits (of an addition's sum), millions an image"
+    lines = [f"{title:49}{'model':>10}{'twin':>14}"] if keys else []
     for operation, *bits in keys:
         counts = [column.get((operation, width_name(*bits)), 0) for column in columns]
         name = f"{operation}, {' x '.join(map(str, bits))}"
@@ -377,6 +378,8 @@ def _remarks(report: Report) -> list[str]:
         f"{report.table.memory[report.memory]:g} pJ a byte, which is too much where operators are "
         "fused",
     ]
+    if _widths_table(report):
+        lines.append("twin: its accumulators hold any weights, the model's its own; its export takes less")
     for name, ledger in (("model", report.model), ("twin", report.twin)):
         for what, found in (
             ("NOT COUNTED, primitives that are not known", ledger.unknown),

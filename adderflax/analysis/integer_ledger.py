@@ -1,18 +1,21 @@
 """What a Vision Transformer without floats computes, by the bits of its operands.
 
-integer_only.md defines every step. A step counts here with the bits of a two's complement that holds what it
-can meet, whatever the image: accumulators have the `accumulator_bits` of their description, the rest follows
-from the page. "bits17" in place of a dtype is a number of 17 bits, "bits16x8" two factors; arrays are packed,
-so that one of 17 bits takes 17/8 bytes. Of what the page says
+integer_only.md of an export, integer_only_format.md here, defines every step. An addition counts with the
+bits of its result, another operation with those of its operands, enough for whatever the image: accumulators
+have the `accumulator_bits` of their description, the rest follows from the page, and what cannot be negative
+has no sign. "bits17" in place of a dtype is a number of 17 bits, "bits16x8" two factors. Of the memory only
+what steps hand to each other counts, packed, so that a number of 17 bits takes 17/8 bytes. Of what the page
+says
 
 * bringing a value to a coarser unit is one addition, of the half, and clipping it two comparisons where it
   can exceed; a shift by places that are known is a matter of wires and costs nothing;
-* a shift by places that are computed, and `bit_length`, are one "shift" each;
+* a shift by places that are computed, that of its half included, and `bit_length` are one "shift" each;
 * a table costs what it takes to read an entry, and nothing where arithmetic alone is priced;
 * `n * x` in a normalization multiplies unless n is a power of two.
 
-A multiplying twin is what the same export would write of it: 8 bits in every layer and every score, and
-accumulators for any weights, because its own are not known here.
+A multiplying twin is the model of the same description with products: 8 bits in every layer and every score,
+without what belongs to adder layers alone, and accumulators for any weights, because its own are not known
+here. An export of the twin has narrower ones.
 """
 
 import math
@@ -46,6 +49,8 @@ _RECIPROCAL = SHARE + 2  # of 2^31 / root and of a share, 2^15 to 2^16
 _EXPONENTIAL = ONE + 1  # of 0 to 2^ONE
 _FALL = 15  # of what falls are multiplied by
 
+_BIASED = ("patch_embedding", "head")  # in any arithmetic
+
 _Width = int | tuple[int, int]
 
 
@@ -58,7 +63,16 @@ def integer_only_ledger(whole: IntegerOnly, *, twin: bool = False) -> Ledger:
 
     Returns:
       The ledger, whose dtypes are widths; `adderflax.analysis.TABLES["integer_only"]` prices them.
+
+    Raises:
+      ValueError: an earlier version wrote the model, without the bits of its accumulators.
     """
+    entries = (entry for kind in ("layers", "attentions") for entry in whole.described[kind].values())
+    if not all("accumulator_bits" in entry for entry in entries):
+        raise ValueError(
+            "The bits of accumulators are not told, as an earlier version wrote it. Export the run again,"
+            " with --integer_only."
+        )
     return Ledger(tuple(_Counter(whole, twin).entries))
 
 
@@ -126,7 +140,7 @@ class _Counter:
             adds, aggregates, value_bits = False, False, _MULTIPLIED
         scores, rows, features = H * T * S, H * T, T * H * d
         for part, width in (("query", bits), ("key", bits), ("value", value_bits)):
-            unit = entry[part] - (width - entry[f"{part}_bits"])
+            unit = entry[part] - (width - entry[f"{part}_bits"])  # the values' in the end
             self._rescaled(name, self._layer(f"{name}/{part}", x), unit, width)
         self._sums(name, adds, (bits, bits), sums, scores * d, (features, features), scores)
 
@@ -149,7 +163,7 @@ class _Counter:
         operations = [("add", total, rows * (S - 1)), ("shift", total, rows), ("divide", divided, rows)]
         self._append(name, "share", operations, [exponentials], [(_RECIPROCAL, rows)])
 
-        share, unit = (_RECIPROCAL, rows), entry["value"]
+        share = (_RECIPROCAL, rows)
         if not aggregates:
             # What rounding adds can exceed the largest value.
             width, summed = value_bits + ATTENDED + 1, _EXPONENTIAL + value_bits + _more(S)
@@ -204,11 +218,15 @@ class _Counter:
         x = self._rescaled(name, x, self._unit(name), bits)
         self._sums(name, adds, (bits, bits), sums, n * terms, (x.n, kernel.size), n)
         x = _Values(n, sums, unit)
-        if f"{name}/norm/gain" in self._arrays:
+        multiplied = self._twin and entry["adds"]
+        # The first layer and the last have a normalization only where they add, no product has a power.
+        if f"{name}/norm/gain" in self._arrays and not (multiplied and name in _BIASED):
             x = self._norm(f"{name}/norm", x)
-        elif entry["output"] is not None:
+        elif name != "head":  # logits stay as they are
             x = self._rescaled(name, x, entry["output"])
-        return self._table(f"{name}/power", name, x) if f"{name}/power" in self._arrays else x
+        if f"{name}/power" in self._arrays and not multiplied:
+            x = self._table(f"{name}/power", name, x)
+        return x
 
     def _norm(self, name: str, x: _Values) -> _Values:
         n, entry = self._arrays[f"{name}/gain"].size, self._described["norms"][name]
@@ -253,7 +271,7 @@ class _Counter:
         return _Values(x.n, bits, unit)
 
     def _added_to_stream(self, path: str, update: _Values) -> _Values:
-        """The stream after an update that is in its unit."""
+        """The stream after an update that is in its unit and `WIDE` bits, as the stream is."""
         n = update.n
         operations = [("add", WIDE + 1, n), ("compare", WIDE + 1, 2 * n)]
         self._append(path, "add", operations, [(WIDE, 2 * n)], [(WIDE, n)])
@@ -263,7 +281,7 @@ class _Counter:
         """The same values in another unit and so many bits."""
         places = exponent - x.exponent
         left = x.width - places + (places > 0)  # the half can carry
-        operations = [("add", x.width, x.n)] if places > 0 else []
+        operations = [("add", x.width + 1, x.n)] if places > 0 else []
         if left > bits:
             operations.append(("compare", left, 2 * x.n))
         if operations:
@@ -282,11 +300,15 @@ class _Counter:
     ) -> None:
         """Sums of so many bits, of |x - w| or of x w; so many numbers are read of either."""
         x, w = factors
-        terms = [("add", x, elements), ("absolute", x + 1, elements)]
+        terms = [("add", x + 1, elements), ("absolute", x + 1, elements)]
         terms = terms if adds else [("multiply", factors, elements)]
         operations = [*terms, ("add", width, elements)]
         operands = [*zip(factors, read)]
-        if f"{path}/constant" in self._arrays:
+        layer = self._described["layers"].get(path)
+        if layer is not None and self._twin and layer["adds"]:
+            biased = path in _BIASED or self._model["use_bias"]
+            operands.append((32, self._arrays[f"{path}/kernel"].shape[-1] if biased else 0))
+        elif f"{path}/constant" in self._arrays:
             operands.append((32, self._arrays[f"{path}/constant"].size))
         kind = ADDER if adds else PRODUCT
         self._append(path, "sums", operations, operands, [(width, written)], kind, elements, width)
