@@ -10,10 +10,11 @@ beside the twin and the adder model without it. `taught` adds the teaching of
 `configs/cifar10_adder_vit.py:taught`, the teacher being the first seed of `long-multiply`; its epochs come on
 top of the pupil's, and the twin's row to hold it against is `long-multiply-taught`.
 `adder-wide` has half as many features again, with which it takes no more energy than the twin, as published
-tables count it; `multiply-wide` is its own twin.
+tables count it; `multiply-wide` is its own twin, and the teacher of both rows that are wide and taught.
 Everything runs by the CPU's kernels (`model.implementation="cpu"`). No images are held out, so what is chosen
 by these figures is flattered by them.
-Run it with `--keep_checkpoints`: a later row reads those of `long-multiply-seed0`.
+Run it with `--keep_checkpoints`: later rows read those of `long-multiply-seed0`
+and `long-multiply-wide-seed0`.
 
 What this can show: what helps a small model in a short training, from random weights.
 One seed of a short run is good for about half a point.
@@ -56,10 +57,13 @@ LONG |= {
 }
 # 96 features in place of 64: 15.7 uJ an image where the twin has 16.7, in the convention "paper".
 WIDE = {"model.embed_dim": 96}
+TAUGHT_WIDE = TAUGHT | {"distillation.teacher": "runs/studies/gap_centered/long-multiply-wide-seed0"}
 LONG["adder-wide"] = ADDER | WIDE
 LONG_TWICE: dict[str, dict[str, Any]] = {
     "multiply-lr6": SHORT["multiply-lr6"],
     "multiply-wide": SHORT["multiply"] | WIDE,
+    "adder-wide-dw-hardtanh-taught": ADDER | CLIPPED | WIDE | TAUGHT_WIDE,
+    "multiply-wide-taught": SHORT["multiply"] | WIDE | TAUGHT_WIDE,
 }
 LONG_ONCE: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("adder-dw-hardtanh-multiplier20",)}
 
@@ -93,6 +97,9 @@ def comparisons() -> list[Comparison]:
     taught = "long-adder-dw-hardtanh-taught"
     for other in ("long-adder-taught", "long-multiply-taught"):
         found.append(Comparison(f"{taught} against {other}", taught, other))
+    wide = "long-adder-wide-dw-hardtanh-taught"
+    for other in ("long-multiply-wide-taught", "long-multiply-wide", "long-multiply-taught"):
+        found.append(Comparison(f"{wide} against {other}", wide, other))
     return found + [
         Comparison(f"{kind}-{name} against the twin", f"{kind}-{name}", f"{kind}-multiply")
         for kind, rows in (("short", SHORT), ("long", LONG), ("long", LONG_TWICE), ("long", LONG_ONCE))
