@@ -16,6 +16,7 @@ import numpy as np
 from adderflax.analysis.integer_only_reference import IntegerOnly
 from adderflax.analysis.integer_reference import ACCUMULATORS
 from adderflax.analysis.integers import IntegerModel
+from adderflax.analysis.ranges import Range
 from adderflax.operators import adder_conv, adder_matmul
 
 
@@ -37,10 +38,10 @@ class LayerSums:
     bits: int
     geometry: Mapping[str, Any] | None
 
-    def ends(self) -> tuple[int, int]:
+    def ends(self) -> Range:
         """The least and the greatest value of an accumulator."""
         sums = [self._sums(inputs) for inputs in self._inputs()]
-        return int(np.min(sums[0])), int(np.max(sums[1]))
+        return Range(int(np.min(sums[0])), int(np.max(sums[1])))
 
     def operands(self) -> dict[str, np.ndarray]:
         """inputs int8 [2, in] or [2, H, W, in]: the first reaches the least sum, the second the greatest.
@@ -54,7 +55,7 @@ class LayerSums:
 
     def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """For each weight the input with which its term is least, and greatest, in the kernel's shape."""
-        lowest, highest = _limits(self.bits)
+        lowest, highest = Range.of(self.bits)
         kernel = self.kernel.astype(np.int64)
         if self.adds:
             return np.where(kernel - lowest >= highest - kernel, lowest, highest), kernel
@@ -103,16 +104,16 @@ class Scores:
     adds: bool
     bits: int
 
-    def ends(self) -> tuple[int, int]:
+    def ends(self) -> Range:
         """The least and the greatest value of an accumulator."""
-        lowest, highest = _limits(self.bits)
+        lowest, highest = Range.of(self.bits)
         if self.adds:
-            return -self.terms * (highest - lowest), 0
-        return self.terms * lowest * highest, self.terms * lowest * lowest
+            return Range(-self.terms * (highest - lowest), 0)
+        return Range(self.terms * lowest * highest, self.terms * lowest * lowest)
 
     def operands(self) -> dict[str, np.ndarray]:
         """queries int8 [1, 1, 1, d] and keys int8 [1, 2, 1, d], whose scores are the two ends."""
-        lowest, highest = _limits(self.bits)
+        lowest, highest = Range.of(self.bits)
         row = np.ones((1, 1, 1, self.terms), np.int8)
         return {"queries": lowest * row, "keys": np.concatenate([lowest * row, highest * row], axis=1)}
 
@@ -182,16 +183,9 @@ def _named(operation: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 def told(accumulator: LayerSums | Scores) -> dict[str, int]:
     """What the files of an export say of it: its ends, and the bits of a two's complement that holds both."""
-    lowest, highest = accumulator.ends()
-    ends = {"accumulator_lowest": lowest, "accumulator_highest": highest}
-    return ends | {"accumulator_bits": width(lowest, highest)}
-
-
-def width(lowest: int, highest: int) -> int:
-    """Bits of a two's complement integer that holds both ends of a range."""
-    magnitudes = (~end if end < 0 else end for end in (lowest, highest))
-    return max(magnitude.bit_length() for magnitude in magnitudes) + 1
-
-
-def _limits(bits: int) -> tuple[int, int]:
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    ends = accumulator.ends()
+    return {
+        "accumulator_lowest": ends.low,
+        "accumulator_highest": ends.high,
+        "accumulator_bits": ends.bits,
+    }

@@ -8,10 +8,11 @@ import pytest
 from integer_models import SMALL, dense_sums, layers, model_of
 
 from adderflax.analysis import accumulators
-from adderflax.analysis.accumulators import LayerSums, Scores, integer_only_accumulators, told, width
+from adderflax.analysis.accumulators import LayerSums, Scores, integer_only_accumulators, told
 from adderflax.analysis.integer_only import integer_only_model
 from adderflax.analysis.integer_reference import convolution, distances
 from adderflax.analysis.integers import quantize
+from adderflax.analysis.ranges import Range
 from adderflax.data import DataConfig, load_dataset
 
 PREFIX = "accumulators/"
@@ -32,7 +33,7 @@ PREFIX = "accumulators/"
     ],
 )
 def test_widths_are_those_of_twos_complement(lowest, highest, bits):
-    assert width(lowest, highest) == bits
+    assert Range(lowest, highest).bits == bits
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -16,10 +16,10 @@ import pytest
 from integer_models import SMALL, RawSums, dense_sums, model_of, trained
 
 from adderflax import AdderConv, export
-from adderflax.analysis.accumulators import width
 from adderflax.analysis.integer_files import export_workdir, load_integers, write_integers
 from adderflax.analysis.integer_reference import Export, convolution, distances
 from adderflax.analysis.integers import in_float32, quantize
+from adderflax.analysis.ranges import Range
 from adderflax.data import DataConfig, load_dataset, normalize_batch
 from adderflax.operators import adder_conv
 from adderflax.predict import predict
@@ -120,7 +120,7 @@ def test_files(workdir, tmp_path, capsys):
     assert (entry["kind"], entry["terms"], entry["accumulator_bits"], entry["centered"]) == (
         "dense",
         24,
-        width(entry["accumulator_lowest"], entry["accumulator_highest"]),
+        Range(entry["accumulator_lowest"], entry["accumulator_highest"]).bits,
         True,
     )
     assert entry["accumulator_lowest"] >= -24 * 128  # what the constant leaves of 24 * 255
