@@ -6,6 +6,7 @@ python -m adderflax.energy --config configs/digits_adder_vit.py --config.model.s
 python -m adderflax.energy --config configs/imagenet_adder_deit_ti.py --table int8_int32_7nm
 python -m adderflax.energy weights/cifar10_adder_vit
 python -m adderflax.energy runs/digits_whole --table integer_only
+python -m adderflax.energy runs/cifar10_int8 --table integer_only --twin runs/twin_int8
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adderflax import pipes
-from adderflax.analysis import TABLES
+from adderflax.analysis import TABLES, EnergyTable
 from adderflax.analysis.configured import (
     configured_model,
     inference_ledger,
@@ -23,15 +24,17 @@ from adderflax.analysis.configured import (
     trained_model,
 )
 from adderflax.analysis.energy_plot import draw
-from adderflax.analysis.energy_report import as_text, compare
+from adderflax.analysis.energy_report import compare
+from adderflax.analysis.energy_text import as_text
 from adderflax.analysis.integer_files import load_integer_only
 from adderflax.analysis.integer_ledger import integer_only_ledger
+from adderflax.analysis.ledger import Ledger
 from adderflax.analysis.pricing import CONVENTIONS, MEMORY_DEFAULT
+from adderflax.models import VisionTransformerConfig
+from adderflax.models.families import ModelConfig
 from adderflax.training.command_line import load_config, require_overrides
 from adderflax.training.config import ConfigError
 from adderflax.training.workdir import WorkdirError
-
-_WHOLE = "integer_only"  # of the tables that price models without floats
 
 
 @pipes.reader_may_leave()
@@ -45,18 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             variant, model, exported = trained_model(arguments.directory)
         table = TABLES[arguments.table or ("exported" if exported else "fp32")]
-        if table.name.startswith(_WHOLE):
-            if not exported:
-                raise ValueError(
-                    f"--table {table.name} prices a model without floats, and"
-                    f" {arguments.directory or arguments.config} is none. Write one by python -m"
-                    " adderflax.export WORKDIR DIRECTORY --integer_only, and name that directory."
-                )
-            whole, _ = load_integer_only(arguments.directory)
-            ledgers = integer_only_ledger(whole), integer_only_ledger(whole, twin=True)
-        else:
-            ledgers = inference_ledger(model), inference_ledger(multiplying_twin(model))
-        report = compare(*ledgers, table, arguments.memory)
+        named = [(arguments.directory or arguments.config, model, exported)]
+        if arguments.twin is not None:
+            _, *twin = trained_model(arguments.twin)
+            named.append((arguments.twin, *twin))
+            _require_same_task(*named)
+        report = compare(*_ledgers(named, table), table, arguments.memory, arguments.twin or "")
         title = (
             f"{arguments.config or arguments.directory}: {variant}, one image of "
             f"{model.image_size}x{model.image_size}x{model.channels}, {model.num_classes} classes"
@@ -75,9 +72,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ConfigError, ImportError, OSError, ValueError, WorkdirError) as error:
         sys.exit(f"error: {error}")
     if arguments.json:
-        print(json.dumps({"model": title} | report.as_json(arguments.convention)))
+        print(json.dumps({"model": title, "twin": arguments.twin} | report.as_json(arguments.convention)))
     else:
         print(f"{title}\n\n{as_text(report, arguments.convention)}")
+
+
+def _ledgers(named: list[tuple[str, ModelConfig, bool]], table: EnergyTable) -> list[Ledger]:
+    """Of a model and its twin, which is derived where only the model is given.
+
+    Args:
+        named: directories or files, the models there, and whether they are exports.
+        table: prices them.
+    """
+    if not table.by_bits:
+        models = [model for _, model, _ in named]
+        return [
+            inference_ledger(model)
+            for model in (models if named[1:] else [*models, multiplying_twin(*models)])
+        ]
+    for name, model, exported in named:
+        if not isinstance(model, VisionTransformerConfig):
+            raise ValueError(
+                f"--table {table.name} prices a model without floats, which only a VisionTransformer has, and"
+                f" {name} is of {type(model).__name__.removesuffix('Config')}. Take another table, such as"
+                " exported."
+            )
+        if not exported:
+            raise ValueError(
+                f"--table {table.name} prices a model without floats, and {name} is none. Write one by"
+                " python -m adderflax.export WORKDIR DIRECTORY --integer_only, and name that directory."
+            )
+    wholes = [load_integer_only(name)[0] for name, *_ in named]
+    found = [integer_only_ledger(whole) for whole in wholes]
+    return found if found[1:] else [*found, integer_only_ledger(*wholes, twin=True)]
+
+
+def _require_same_task(*named: tuple[str, ModelConfig, bool]) -> None:
+    (name, model, _), (twin_name, twin, _) = named
+    tasks = [
+        f"images {each.image_size}x{each.image_size}x{each.channels} and {each.num_classes} classes"
+        for each in (model, twin)
+    ]
+    if tasks[0] != tasks[1]:
+        raise ValueError(
+            f"{name} takes {tasks[0]}, but --twin {twin_name} takes {tasks[1]}. Compare models of one task."
+        )
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -98,6 +137,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help="configuration file, configs/X.py or configs/X.py:multiply; --config.a.b=value "
         "changes a field; the data set is not opened",
+    )
+    parser.add_argument(
+        "--twin",
+        metavar="DIRECTORY",
+        help="a trained or exported model to stand beside, in place of the multiplying twin that is derived; "
+        "with --table integer_only that has its own accumulators",
     )
     parser.add_argument(
         "--convention",

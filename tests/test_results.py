@@ -296,8 +296,8 @@ def test_the_energy_of_whole_numbers_is_that_of_its_lines():
     found, millions, twins = {}, {}, {}
     for line in map(json.loads, (RESULTS / "integers_energy.jsonl").read_text().splitlines()):
         name = line["model"].partition(":")[0].removeprefix("runs/")
-        memory = line["memory, products and adders"] + line["memory, all else if nothing is fused"]
-        with_magnitudes = line["paper"] + line["|.| in products and adders"]
+        memory = line["memory_of_products"] + line["other_memory"]
+        with_magnitudes = line["paper"] + line["absolute_values"]
         energies = line["paper"], with_magnitudes, line["full"] - memory, line["full"]
         found.setdefault(name, []).extend(1e3 * each for each in energies)
         millions[name] = f"{line['multiply'] / 1e6:.1f} "

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from adderflax.analysis.energy_report import REST, Report, unit_of
+from adderflax.analysis.energy_report import REST, Report
+from adderflax.analysis.energy_text import unit_of
 from adderflax.analysis.pricing import CONVENTIONS
 
 # Okabe and Ito's colors and four of Tol's, told apart with color vision deficiencies too.

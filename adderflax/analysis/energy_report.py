@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adderflax.analysis.energy_tables import SOFTWARE, EnergyTable
-from adderflax.analysis.ledger import Entry, Ledger, width_name, widths
+from adderflax.analysis.ledger import Entry, Ledger
 from adderflax.analysis.pricing import CONVENTIONS, Energy, priced
 from adderflax.analysis.primitives import ADDER, PRODUCT
 
@@ -67,6 +67,7 @@ class Report:
         table: the unit energies.
         memory: the level of memory in the convention "full".
         parts: energies by part of the network; they add up to the totals.
+        twin_name: where the twin comes from if it is not derived from the model.
     """
 
     model: Ledger
@@ -74,6 +75,7 @@ class Report:
     table: EnergyTable
     memory: str
     parts: tuple[Part, ...]
+    twin_name: str = ""
 
     def total(self, convention: str) -> tuple[Energy, Energy]:
         """Energies of the model and of the twin."""
@@ -101,7 +103,9 @@ class Report:
         the network and by layer; they do not depend on the convention. Layers have the names of
         `adderflax.analysis.integers`, the paths of their parameters. "not_counted" names what a total lacks:
         primitives that are not known, and loops of unknown length, which count for one turn. "difference"
-        leads from the total of the convention "paper" to that of "full".
+        leads from the total of the convention "paper" to that of "full". "operations_by_dtype" has names such
+        as "add float32", or for a model without floats "add bits17", of a sum of 17 bits, and "multiply
+        bits16x8", of factors of 16 and 8 bits (`adderflax.analysis.integer_ledger`).
         """
         model, twin = self.total(convention)
         (ours, theirs), parts = map(split_into_parts, (self.model, self.twin)), []
@@ -120,12 +124,9 @@ class Report:
             "unit": "mJ",
             "total": model.total,
             "twin_total": twin.total,
-            "ratio": _ratio(model.total, twin.total),
+            "ratio": ratio(model.total, twin.total),
             "parts": parts,
-            "difference": {
-                of: {name.lstrip("+= "): value for name, value in column.items()}
-                for of, column in zip(("model", "twin"), _differences(self))
-            },
+            "difference": dict(zip(("model", "twin"), differences(self))),
             "counts": {"model": _counts(self.model), "twin": _counts(self.twin)},
         }
 
@@ -142,7 +143,7 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
         "adder_terms": ledger.adder_elements,
         "operations": ledger.operations,
         "operations_by_dtype": {
-            f"{operation} {dtype}": count for (operation, dtype), count in sorted(_by_dtype(ledger).items())
+            f"{operation} {dtype}": count for (operation, dtype), count in sorted(by_dtype(ledger).items())
         },
         "bytes_read": ledger.bytes_read,
         "bytes_written": ledger.bytes_written,
@@ -160,7 +161,7 @@ def layer_name(path: str) -> str:
     return "/".join(module for module in modules if "." not in module) or path
 
 
-def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Report:
+def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str, twin_name: str = "") -> Report:
     """Prices both ledgers by part of the network.
 
     Args:
@@ -168,6 +169,7 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
         twin: operations of its multiplying twin.
         table: the unit energies.
         memory: a level of the table's memory.
+        twin_name: where the twin comes from if it is not derived from the model.
     """
     model, twin = map(_aggregations_as_products, (model, twin))
     twin = _beside_adders(model, twin)
@@ -182,7 +184,7 @@ def compare(model: Ledger, twin: Ledger, table: EnergyTable, memory: str) -> Rep
 
     empty = Ledger(())
     parts = (Part(n, by_convention(ours.get(n, empty)), by_convention(theirs.get(n, empty))) for n in ordered)
-    return Report(model, twin, table, memory, tuple(parts))
+    return Report(model, twin, table, memory, tuple(parts), twin_name)
 
 
 def _aggregations_as_products(ledger: Ledger) -> Ledger:
@@ -247,49 +249,7 @@ def split_into_parts(ledger: Ledger) -> dict[str, Ledger]:
     return ledger.group(part)
 
 
-def as_text(report: Report, convention: str) -> str:
-    """The tables that the command prints.
-
-    Args:
-        report: what to print.
-        convention: the one that the last line states.
-    """
-    lines = [*_parts_table(report), "", *_difference_table(report), "", *_counts_table(report)]
-    if by_width := _widths_table(report):
-        lines += ["", *by_width]
-    lines += ["", *_remarks(report)]
-    (unit, factor), (model, twin) = unit_of(report), report.total(convention)
-    lines += [
-        "",
-        f"{convention}: {factor * model.total:.4g} {unit} an image, multiplying twin "
-        f"{factor * twin.total:.4g} {unit}, "
-        f"ratio {_ratio(model.total, twin.total):.2f}",
-    ]
-    return "\n".join(lines)
-
-
-def unit_of(report: Report) -> tuple[str, float]:
-    """The unit of the tables, and how many of it are a millijoule."""
-    return ("mJ", 1.0) if min(part.total for part in report.total("paper")) >= 0.1 else ("uJ", 1e3)
-
-
-def _parts_table(report: Report) -> list[str]:
-    unit, factor = unit_of(report)
-    lines = [
-        f"{'':26}{'paper':^26} {'full':^26} {'of it memory':^18}",
-        f"{unit + ' an image':26}" + f"{'model':>9}{'twin':>9}{'ratio':>8} " * 2 + f"{'model':>9}{'twin':>9}",
-    ]
-    rows = [(part.name, part.model, part.twin) for part in report.parts]
-    totals = {name: report.total(name) for name in CONVENTIONS}
-    rows.append(("total", *({name: pair[i] for name, pair in totals.items()} for i in range(2))))
-    for name, model, twin in rows:
-        cells = "".join(_pair(factor * model[c].total, factor * twin[c].total) + " " for c in CONVENTIONS)
-        memory = f"{factor * model['full'].memory:9.3f}{factor * twin['full'].memory:9.3f}"
-        lines.append(f"{name:26}{cells}{memory}")
-    return lines
-
-
-def _differences(report: Report) -> list[dict[str, float]]:
+def differences(report: Report) -> list[dict[str, float]]:
     """From the total of `paper` to that of `full`, step by step in millijoules, of the model and the twin."""
     columns = []
     totals = zip(report.total("paper"), report.total("full"), report.product_memory())
@@ -299,102 +259,25 @@ def _differences(report: Report) -> list[dict[str, float]]:
         columns.append(
             {
                 "paper": paper.total,
-                "+ |.| in products and adders": inside - paper.total,
-                "+ other additions, multiplications": full.arithmetic - inside - special,
-                "+ divisions, roots, exp, tanh, ...": special,
-                "+ memory, products and adders": at_products,
-                "+ memory, all else if nothing is fused": full.memory - at_products,
-                "= full": full.total,
+                "absolute_values": inside - paper.total,
+                "additions_and_multiplications": full.arithmetic - inside - special,
+                "divisions_and_functions": special,
+                "memory_of_products": at_products,
+                "other_memory": full.memory - at_products,
+                "full": full.total,
             }
         )
     return columns
 
 
-def _difference_table(report: Report) -> list[str]:
-    columns = _differences(report)
-    unit, factor = unit_of(report)
-    lines = [f"{'what the difference is, ' + unit:55}{'model':>9}{'twin':>9}"]
-    for name in columns[0]:
-        lines.append(f"{name:55}{factor * columns[0][name]:9.3f}{factor * columns[1][name]:9.3f}")
-    by_name = {part.name: part for part in report.parts}
-    for name in (SOFTMAX, NORMALIZATION):
-        if name in by_name:
-            part = by_name[name]
-            pair = (part.model["full"].arithmetic, part.twin["full"].arithmetic)
-            lines.append(_share(f"share of full: arithmetic of {name}", pair, columns))
-    memory = tuple(full.memory for full in report.total("full"))
-    lines.append(_share("share of full: memory traffic", memory, columns))
-    return lines
-
-
-def _share(name: str, values: tuple[float, float], columns: list[dict[str, float]]) -> str:
-    shares = (100 * value / column["= full"] for value, column in zip(values, columns))
-    return f"{name:55}" + "".join(f"{share:7.1f} %" for share in shares)
-
-
-def _counts_table(report: Report) -> list[str]:
-    ours, theirs = report.model, report.twin
-    rows = {
-        "multiply-accumulates": (ours.macs, theirs.macs),
-        "|x - w| terms of adder operators": (ours.adder_elements, theirs.adder_elements),
-    }
-    for name in dict.fromkeys((*ours.operations, *theirs.operations)):
-        rows[name] = (ours.operations.get(name, 0), theirs.operations.get(name, 0))
-    rows["bytes read, as traced"] = (ours.bytes_read, theirs.bytes_read)
-    rows["bytes written, as traced"] = (ours.bytes_written, theirs.bytes_written)
-    lines = [f"{'operations, millions an image':45}{'model':>14}{'twin':>14}"]
-    for name, (model, twin) in rows.items():
-        lines.append(f"{name:45}{model / 1e6:14,.3f}{twin / 1e6:14,.3f}")
-    return lines
-
-
-def _widths_table(report: Report) -> list[str]:
-    """Operations by the bits of their operands, of models in whole numbers."""
-    columns = [_by_dtype(ledger) for ledger in (report.model, report.twin)]
-    # By operation, then from narrow to wide.
-    keys = sorted({(key[0], *widths(key[1])) for column in columns for key in column if widths(key[1])})
-    title = "by bits (of an addition's sum), millions an image"
-    lines = [f"{title:49}{'model':>10}{'twin':>14}"] if keys else []
-    for operation, *bits in keys:
-        counts = [column.get((operation, width_name(*bits)), 0) for column in columns]
-        name = f"{operation}, {' x '.join(map(str, bits))}"
-        lines.append(f"{name:45}" + "".join(f"{count / 1e6:14,.3f}" for count in counts))
-    return lines
-
-
-def _by_dtype(ledger: Ledger) -> Counter[tuple[str, str]]:
+def by_dtype(ledger: Ledger) -> Counter[tuple[str, str]]:
+    """Operations by name and dtype."""
     counts: Counter[tuple[str, str]] = Counter()
     for entry in ledger.entries:
         counts.update(entry.operations)
     return counts
 
 
-def _remarks(report: Report) -> list[str]:
-    lines = [
-        f"unit energies: {report.table.name} ({report.table.source})",
-        "paper: matrix products, convolutions and adder operators only; |.| costs nothing",
-        "full: every operation; divisions, roots, exp, ... as modeled in energy_tables.py; each "
-        f"operator reads and\n  writes its arrays in {report.memory} at "
-        f"{report.table.memory[report.memory]:g} pJ a byte, which is too much where operators are "
-        "fused",
-    ]
-    if _widths_table(report):
-        lines.append("twin: its accumulators hold any weights, the model's its own; its export takes less")
-    for name, ledger in (("model", report.model), ("twin", report.twin)):
-        for what, found in (
-            ("NOT COUNTED, primitives that are not known", ledger.unknown),
-            ("COUNTED FOR ONE TURN, loops of unknown length", ledger.open_loops),
-        ):
-            if found:
-                listed = Counter(f"{item.primitive} in {item.path or '/'}" for item in found)
-                lines.append(f"{name}: {what}: {', '.join(sorted(listed))}")
-    return lines
-
-
-def _ratio(model: float, twin: float) -> float:
+def ratio(model: float, twin: float) -> float:
+    """How many times as much the twin takes."""
     return twin / model if model else 1.0
-
-
-def _pair(model: float, twin: float) -> str:
-    ratio = f"{twin / model:8.2f}" if model and twin else f"{'-':>8}"
-    return f"{model:9.3f}{twin:9.3f}{ratio}"

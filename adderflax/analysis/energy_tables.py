@@ -20,9 +20,9 @@ published comparisons of adder networks use. In picojoules:
 The lower figure of a range is used.
 
 What the sources have no figure for is modeled. Whole numbers of other widths, which only a model without
-floats has: an addition's energy grows by the same amount with every bit, through both figures, and a
-multiplication's as a power of the product of its factors' bits, likewise (at 45 nm the power is 0.99). The
-others matter in the convention "full" only:
+floats has: an addition's energy grows by the same amount with every bit from 8 on, through both figures, and
+is in proportion to its bits below; a multiplication's grows as a power of the product of its factors' bits,
+through both figures (at 45 nm the power is 0.99). The others matter in the convention "full" only:
 
 * a comparison, a rounding, a shift and a bit operation cost an addition, a bit operation an integer one;
 * the sign bit of a floating-point number is cleared or flipped for nothing, |.| and negation of
@@ -47,13 +47,13 @@ class NumberFormat:
         add: picojoules of an addition or subtraction.
         multiply: picojoules of a multiplication.
         sign: picojoules of |.| or a negation.
-        bytes: bytes of one number.
+        bytes: bytes of one number; fractions of one where numbers are packed.
     """
 
     add: float
     multiply: float
     sign: float
-    bytes: int
+    bytes: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,8 @@ class EnergyTable:
         memory: picojoules of moving a byte, by level of memory.
         adders: formats of the numbers and of the sums of adder operators, and of products that stand in
             their place in a twin (`Entry.priced_as`); None means those of all products.
+        by_bits: whether it prices whole numbers of any width (`adderflax.analysis.ledger.width_name`), by
+            its formats int8 and int32, and nothing else.
     """
 
     name: str
@@ -140,6 +142,7 @@ class EnergyTable:
     elsewhere: str | None
     memory: Mapping[str, float]
     adders: tuple[str, str] | None = None
+    by_bits: bool = False
 
     def number_format(self, dtype: str, kind: str, *, sums: bool = False) -> NumberFormat:
         """The format in which numbers of a dtype are priced.
@@ -152,7 +155,15 @@ class EnergyTable:
         Raises:
             ValueError: the table has no figures for it.
         """
-        if bits := widths(dtype):
+        bits = widths(dtype)
+        if bool(bits) != self.by_bits:
+            takes = "the bits of whole numbers" if self.by_bits else "dtypes"
+            fitting = "integer_only" if bits else "fp32"
+            raise ValueError(
+                f"The energy table {self.name!r} prices operations by {takes}, and the ledger has some of"
+                f" {dtype}. Take a table that does, such as {fitting!r}."
+            )
+        if bits:
             return _between(*(self._format(name) for name in ("int8", "int32")), bits)
         if "float" in dtype:
             if kind == ADDER and self.adders is not None:
@@ -182,13 +193,15 @@ def _between(narrow: NumberFormat, wide: NumberFormat, bits: tuple[int, ...]) ->
     power = math.log(wide.multiply / narrow.multiply) / math.log(32 * 32 / (8 * 8))
 
     def linear(low: float, high: float) -> float:
+        if max(bits) < 8:
+            return low * max(bits) / 8
         return low + (high - low) * (max(bits) - 8) / (32 - 8)
 
     return NumberFormat(
         add=linear(narrow.add, wide.add),
         multiply=narrow.multiply * (product / (8 * 8)) ** power,
         sign=linear(narrow.sign, wide.sign),
-        bytes=-(-max(bits) // 8),
+        bytes=max(bits) / 8,
     )
 
 
@@ -200,6 +213,7 @@ def _tables(
     sums: str | None = None,
     adders: tuple[str, str] | None = None,
     formats: tuple[str, ...] = tuple(_45NM.formats),
+    by_bits: bool = False,
 ) -> list[EnergyTable]:
     """The same assumptions priced in each technology."""
     return [
@@ -212,6 +226,7 @@ def _tables(
             adders=adders,
             elsewhere=elsewhere,
             memory={level: value / 8 for level, value in technology.memory_64.items()},
+            by_bits=by_bits,
         )
         for suffix, technology in (("", _45NM), ("_7nm", _7NM))
     ]
@@ -257,6 +272,7 @@ TABLES: Mapping[str, EnergyTable] = {
             None,
             "what python -m adderflax.export --integer_only writes: whole numbers, each with its own bits",
             formats=("int8", "int32"),
+            by_bits=True,
         ),
     )
 }

@@ -340,12 +340,28 @@ def load_integer_only(directory: str | Path) -> tuple[IntegerOnly, DatasetInfo]:
         needed |= {f"{name}/{part}" for name in described["norms"] for part in ("gain", "offset")}
         if missing := sorted(needed - arrays.keys()):
             raise ValueError(f"{', '.join(missing)} are not in {_INTEGER_ONLY}.npz")
+        _require_own_description(described, arrays, info)
         return computing_fast(described, arrays), info
     except _DAMAGE as error:
         raise WorkdirError(
             f"{directory} cannot be read as a model without floats: {error!r}. Export the run again, with"
             " --integer_only."
         ) from error
+
+
+def _require_own_description(
+    described: Mapping[str, Any], arrays: Mapping[str, np.ndarray], info: DatasetInfo
+) -> None:
+    """Refuses a description that is not of these arrays, as far as accumulators and images tell."""
+    for field in ("image_size", "channels", "num_classes"):
+        if (found := described["model"][field]) != (own := getattr(info, field)):
+            raise ValueError(f"model.{field} is {found!r}, and {own} in dataset.json")
+    entries = described["layers"] | described["attentions"]
+    for name, accumulator in accumulators.integer_only_accumulators(described, arrays).items():
+        for field, own in accumulators.told(accumulator).items():
+            # An earlier version did not tell them.
+            if (found := entries[name].get(field, own)) != own:
+                raise ValueError(f"{field} of {name} is {found!r}, and {own} by its weights and bits")
 
 
 def _resolved(config: Any) -> dict[str, Any]:

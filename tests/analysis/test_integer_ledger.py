@@ -287,7 +287,7 @@ def test_widths_are_priced_between_the_published_ones():
         "_7nm": (0.007, 0.03, 0.07, 1.48),
     }.items():
         table = TABLES[f"integer_only{technology}"]
-        formats = {n: table.number_format(width_name(n), ADDER) for n in (2, 8, 15, 20, 32)}
+        formats = {n: table.number_format(width_name(n), ADDER) for n in (2, 5, 8, 15, 20, 32)}
         assert [formats[n].add for n in (8, 20, 32)] == pytest.approx([narrow, (narrow + wide) / 2, wide])
         assert formats[20].sign == formats[20].add and 0 < formats[2].add < narrow
         products = [table.number_format(width_name(*each), PRODUCT).multiply for each in ((8, 8), (32, 32))]
@@ -296,8 +296,17 @@ def test_widths_are_priced_between_the_published_ones():
         for factors in ((16, 16), (8, 32), (32, 8)):
             between = table.number_format(width_name(*factors), PRODUCT).multiply
             assert between == pytest.approx((times8 * times32) ** 0.5)
-    with pytest.raises(ValueError, match="table 'integer_only' has no figures for float32, only for int8, "):
-        energy(inference_ledger(made()[0].model.config), "paper", "integer_only")
+        fifth, eighth = formats[5], formats[8]
+        assert fifth.add == pytest.approx(5 / 8 * eighth.add) and fifth.bytes == 5 / 8
+    whole = made()
+    with pytest.raises(ValueError, match="'integer_only' prices operations by the bits .* such as 'fp32'"):
+        energy(inference_ledger(whole[0].model.config), "paper", "integer_only")
+    with pytest.raises(ValueError, match="'int8' prices operations by dtypes, .* such as 'integer_only'"):
+        energy(integer_only_ledger(whole[1]), "paper", "int8")
+    # A table of one's own does so too.
+    own = dataclasses.replace(TABLES["integer_only"], name="ours")
+    priced = energy(integer_only_ledger(whole[1]), "paper", own)
+    assert priced == energy(integer_only_ledger(whole[1]), "paper", "integer_only")
 
 
 def test_energy_by_hand():
@@ -420,15 +429,21 @@ def test_the_operations_on_the_page_are_those_of_the_weights(weights, name, bits
 
 def test_the_command(tmp_path, capsys):
     integers, whole, pixels = made()
-    config = default_config()
-    config.update_from_flattened_dict({f"model.{name}": value for name, value in SMALL.items()})
-    for name in ("run", "part", "whole"):
+    twin = made(**TWIN | {"centered": False})
+    for name, fields in {"run": SMALL, "part": SMALL, "whole": SMALL, "twin": SMALL | TWIN}.items():
+        config = default_config()
+        config.update_from_flattened_dict({f"model.{field}": value for field, value in fields.items()})
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config.to_json())
         (tmp_path / name / "dataset.json").write_text(json.dumps(dataclasses.asdict(INFO)))
-    for name in ("part", "whole"):
-        write_integers(tmp_path / name, integers, pixels[:1], INFO)
-    write_integer_only(tmp_path / "whole", whole, pixels[:1])
+    for name, (its_integers, its_whole, _) in {
+        "part": (integers, whole, pixels),
+        "whole": (integers, whole, pixels),
+        "twin": twin,
+    }.items():
+        write_integers(tmp_path / name, its_integers, pixels[:1], INFO)
+        if name != "part":
+            write_integer_only(tmp_path / name, its_whole, pixels[:1])
 
     def printed(*arguments):
         command.main([str(tmp_path / "whole"), *arguments])
@@ -438,10 +453,30 @@ def test_the_command(tmp_path, capsys):
     assert found["table"] == "integer_only" and 1 < found["ratio"] < 5
     counts = found["counts"]["model"]
     assert counts["operations_by_dtype"]["add bits9"] == counts["adder_terms"] > 0
+    assert found["twin"] is None
+    beside = json.loads(printed("--table=integer_only", "--json", f"--twin={tmp_path / 'twin'}"))
+    own = integer_only_ledger(twin[1])
+    assert beside["twin"] == str(tmp_path / "twin") and beside["total"] == found["total"]
+    assert beside["twin_total"] == pytest.approx(energy(own, "paper", "integer_only").total)
+    assert beside["twin_total"] < found["twin_total"]  # its accumulators hold its own weights
+    text = printed("--table=integer_only", f"--twin={tmp_path / 'twin'}")
+    assert f"twin: {tmp_path / 'twin'}" in text and "any weights" not in text
+    assert f"an image, twin {1e3 * beside['twin_total']:.4g} uJ, ratio {beside['ratio']:.2f}" in text
+    # So does any other table, here with the twin that is derived.
+    float32 = json.loads(printed("--table=fp32", "--json", f"--twin={tmp_path / 'twin'}"))
+    assert float32["twin_total"] == json.loads(printed("--table=fp32", "--json"))["twin_total"]
     text = printed("--table=integer_only_7nm")
     (line,) = (line for line in text.splitlines() if line.startswith("multiply, 8 x 8 "))
-    twin = found["counts"]["twin"]["operations_by_dtype"]["multiply bits8x8"]
-    assert line.split()[-1] == f"{twin / 1e6:.3f}"
+    products = found["counts"]["twin"]["operations_by_dtype"]["multiply bits8x8"]
+    assert line.split()[-1] == f"{products / 1e6:.3f}"
+    # What is too little for a row, and all that is not, is there.
+    rows = [line.rsplit(maxsplit=2) for line in text.partition("by bits")[2].splitlines()[1:]]
+    rows = [row[1:] for row in rows[: rows.index([])]]
+    for column, name in enumerate(("model", "twin")):
+        listed = sum(float(row[column].replace(",", "")) for row in rows)
+        everything = sum(found["counts"][name]["operations"].values())
+        assert listed == pytest.approx(everything / 1e6, abs=0.0006 * len(rows))
+    assert rows[-1][0] != "0.000" and text.count("\nothers ") == 1
     assert "7 nm; what python -m adderflax.export --integer_only writes" in text
     # Of the other form of the same export it counts as before.
     assert json.loads(printed("--json"))["table"] == "exported" and "by bits" not in printed()
@@ -451,6 +486,13 @@ def test_the_command(tmp_path, capsys):
         ): "prices a model without floats, and .*run is none. Write one by .* --integer",
         ("--config", "configs/digits_adder_vit.py"): "prices a model without floats, and configs/digits_",
         (str(tmp_path / "part"),): "cannot be read as a model without floats: .* with --integer_only",
+        (
+            "--config",
+            "configs/cifar10_adder_resnet20.py",
+        ): "only a .* has, and .*resnet20.py is of AdderResNet",
+        (str(tmp_path / "whole"), f"--twin={tmp_path / 'part'}"): "part cannot be read as a model without",
+        (str(tmp_path / "whole"), f"--twin={tmp_path / 'run'}"): "without floats, and .*run is none",
+        (str(tmp_path / "whole"), "--twin=weights/cifar10_twin"): "takes images 8x8x1 and 10 .* 32x32x3 and",
     }.items():
         with pytest.raises(SystemExit, match=message):
             command.main([*arguments, "--table=integer_only"])

@@ -1,6 +1,7 @@
 """Models without floats: each step is what the page says, and the whole is the model, in every bit."""
 
 import ast
+import copy
 import dataclasses
 import inspect
 import json
@@ -379,6 +380,30 @@ def test_damaged_files(workdir, tmp_path):
     (tmp_path / "integer_only.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(WorkdirError, match="KeyError"):
         load_integer_only(tmp_path)
+    layer, attention = "block_0/mlp/fc1", "block_0/attention"
+    for part, name, field, value, told in (
+        ("layers", layer, "bits", "8", "TypeError"),
+        ("layers", layer, "accumulator_bits", -5, f"accumulator_bits of {layer} is -5, and 1[0-9] by its w"),
+        ("layers", layer, "accumulator_lowest", 7, f"accumulator_lowest of {layer} is 7, and -[0-9]+ by"),
+        ("layers", layer, "bits", 7, f"accumulator_lowest of {layer} is .* by its weights and bits"),
+        ("attentions", attention, "query_bits", 4, f"accumulator_lowest of {attention} is -2040, and -120"),
+        ("model", "image_size", None, 16, "model.image_size is 16, and 8 in dataset.json"),
+        ("model", "num_classes", None, 7, "model.num_classes is 7, and 10 in dataset.json"),
+    ):
+        damaged = copy.deepcopy(whole.described)
+        if field is None:
+            damaged[part][name] = value
+        else:
+            damaged[part][name][field] = value
+        (tmp_path / "integer_only.json").write_text(json.dumps(damaged))
+        with pytest.raises(WorkdirError, match=told):
+            load_integer_only(tmp_path)
+    earlier = copy.deepcopy(whole.described)
+    for entry in [*earlier["layers"].values(), *earlier["attentions"].values()]:
+        for field in ("lowest", "highest", "bits"):
+            del entry[f"accumulator_{field}"]
+    (tmp_path / "integer_only.json").write_text(json.dumps(earlier))
+    load_integer_only(tmp_path)  # it did not tell them
     (tmp_path / "integer_only.json").write_text(json.dumps(whole.described))
     for lost in ("head/kernel", "norm/offset", "block_0/mlp/gelu", "pixels"):
         arrays = {name: array for name, array in whole.arrays.items() if name != lost}
