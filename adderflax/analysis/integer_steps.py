@@ -13,11 +13,11 @@ Operations = list[tuple[str, int | tuple[int, int], int]]
 
 EXPONENTIAL = Range(0, 1 << ONE)
 SHARES = Range(1 << SHARE, 1 << SHARE + 1)
+# Divided by the root of their sum of squares values are at most 1, but the root, 2^15 or more, is rounded.
+NORMALIZED = Range(-(1 << ROOT) - 2, (1 << ROOT) + 2)
 
 _ROOT_BITS = 16  # of an integer square root, the first of them set
 _RECIPROCAL = Range(1 << _ROOT_BITS - 1, 1 << _ROOT_BITS)  # 2^31 / root
-# Divided by the root of their sum of squares values are at most 1, but the root, 2^15 or more, is rounded.
-_NORMALIZED = Range(-(1 << ROOT) - 2, (1 << ROOT) + 2)
 
 
 def rescaled(x: Range, places: int, bits: int, n: int) -> Operations:
@@ -115,7 +115,7 @@ def normalization(
     row = Range(-largest, largest)
     squares = (features * largest**2 + epsilon).bit_length()
     divided = row.times(_RECIPROCAL.high).with_half(31 - ROOT - (32 - squares) // 2)
-    scaled = [_NORMALIZED.times(abs(int(g))) for g in gain]
+    scaled = [NORMALIZED.times(abs(int(g))) for g in gain]
     ends = [end + int(o) for each, o in zip(scaled, offset) for end in each.shifted(shift)]
     result = Range(min(ends), max(ends))
     operations = [
@@ -143,7 +143,7 @@ def normalization(
         ("multiply", (row.width, _RECIPROCAL.width), n),
         ("add", divided.width, n),
         ("shift", divided.width, n),
-        ("multiply", (_NORMALIZED.width, WIDE), n),
+        ("multiply", (NORMALIZED.width, WIDE), n),
         ("add", max(each.with_half(shift).width for each in scaled), n * (shift > 0)),
         ("add", result.width, n),
         ("compare", result.width, n * result.beyond(WIDE)),

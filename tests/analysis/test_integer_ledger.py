@@ -217,6 +217,8 @@ def test_operands_of_attention_have_their_bits(models):
         told = {name: widths(width) for name, width in entry.operations}
         first, second = told["multiply"] if "multiply" in told else 2 * told["absolute"]
         assert x <= first and y <= second
+        # Where the largest is reached, by every row's exponentials, no bit is left over.
+        assert "multiply" not in told or (first, second) in ((8, 8), (16, 8))
     # No image takes scores as far apart as accumulators go.
     for name in whole.described["attentions"]:
         operands = Scores(8, whole.described["model"]["similarity"] == "l1", 8).operands()

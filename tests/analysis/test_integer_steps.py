@@ -172,6 +172,8 @@ def test_normalizations_hold_what_any_row_gives(features, ends, gain, shift, eps
         if features > 2 and ends != (-3, 4):
             # Ranges know nothing of how numbers depend on each other.
             assert width <= have[step] + (step in ("squares", "divided", "scaled", "result")), step
+    low, high = integer_steps.NORMALIZED
+    assert low <= found["normalized"].min() and found["normalized"].max() <= high
     products = widths(operations, "multiply")
     assert products[-1][0] >= have["normalized"] and products[-1][1] == 16
     assert products[-2][0] == products[-3][0] >= have["row"] and products[-2][1] == 17
