@@ -1,7 +1,7 @@
 """Multiplication-free vision transformers in JAX and Flax: adder operators, layers and models.
 
-Importing this needs jax, flax and numpy. Data, training and analysis live in submodules and need the
-``train`` extra.
+Importing this needs jax, flax and numpy, and so does `adderflax.training.optimizer`, for a loop of your own.
+Data, the trainer and analysis live in submodules too and need the ``train`` extra.
 """
 
 from adderflax.attention import AdderCrossAttention, AdderSelfAttention

@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from adderflax.encoder_config import EncoderConfig, as_before, dense, one_batch, require_tokens
-from adderflax.layers import Array, Exponent
+from adderflax.encoder_config import EncoderConfig, dense, require_tokens
+from adderflax.fields import require_array, require_flag
+from adderflax.layers import Array, Exponent, as_before, one_batch
 from adderflax.operators import adder_attention
+from adderflax.operators.attention import check_mask
 
 
 class AdderSelfAttention(nn.Module):
@@ -14,13 +16,30 @@ class AdderSelfAttention(nn.Module):
     As in ``nn.MultiHeadDotProductAttention`` any axes may stand before the tokens, as [B] or [B, windows], or
     none. Queries, keys and values are normalized over the whole embedding before the heads are split. The
     attention map [..., num_heads, T, T], identity included, is sown as ``attention_weights`` whenever the
-    ``intermediates`` collection is mutable.
+    ``intermediates`` collection is mutable. There is no dropout of weights and no cache for decoding.
+
+    Attributes:
+      config: of it, what concerns attention.
+      kernel_init: initializer of the kernels or templates of query, key and value, which may carry names of
+        axes, as ``nn.with_partitioning(nn.initializers.normal(1.0), (None, "model"))``; None is the layers'
+        own.
+      out_kernel_init: likewise of the output projection.
     """
 
     config: EncoderConfig
+    kernel_init: nn.initializers.Initializer | None = None
+    out_kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, mask: Array | None = None, p: Exponent = 1.0) -> Array:
+    def __call__(
+        self,
+        x_BxTxD: Array,
+        mask: Array | None = None,
+        p: Exponent = 1.0,
+        *,
+        bias: Array | None = None,
+        is_causal: bool = False,
+    ) -> Array:
         """Applies attention.
 
         Args:
@@ -29,26 +48,50 @@ class AdderSelfAttention(nn.Module):
             ``nn.make_causal_mask(x_BxTxD[..., 0], dtype=bool)``.
           p: exponent of the distance in the adder projections. Similarity and aggregation have no templates
             to anneal and stay as configured: an L1 similarity is L1 at every p.
+          bias: floating, broadcastable likewise, added to the scaled similarity.
+          is_causal: whether a token attends to those up to itself alone, of those that the mask leaves.
 
         Raises:
-          ValueError: the tokens are not [..., T, embed_dim], or the mask does not fit them.
+          TypeError: config, tokens, mask, bias or flag have a type that is not allowed.
+          ValueError: the tokens are not [..., T, embed_dim], or mask or bias do not fit them.
         """
         require_tokens(self.config, x_BxTxD, "AdderSelfAttention")
-        return _attend(self, x_BxTxD, x_BxTxD, mask, p)
+        if getattr(mask, "shape", None) == x_BxTxD.shape and mask.dtype != bool:
+            raise TypeError(
+                "AdderSelfAttention takes one sequence and a mask, but got a second sequence. Attention to"
+                " another one is AdderCrossAttention."
+            )
+        return _attend(self, x_BxTxD, x_BxTxD, mask, p, bias, is_causal, self.config.identity)
 
 
 class AdderCrossAttention(nn.Module):
     """Multi-head attention of tokens to a context, [..., T, embed_dim] -> [..., T, embed_dim].
 
     As `AdderSelfAttention`, with the same parameters, but keys and values are of the context, which may have
-    another number and width of tokens. The identity needs as many: set ``identity=False`` where it has not.
+    another number and width of tokens.
+
+    Attributes:
+      config: of it, what concerns attention, but for `identity`.
+      kernel_init, out_kernel_init: as in `AdderSelfAttention`.
+      identity: whether I is added to the attention map, by which token i attends to token i of the context
+        besides: only of sequences that belong together one by one.
     """
 
     config: EncoderConfig
+    kernel_init: nn.initializers.Initializer | None = None
+    out_kernel_init: nn.initializers.Initializer | None = None
+    identity: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: Array, context_BxSxC: Array, mask: Array | None = None, p: Exponent = 1.0
+        self,
+        x_BxTxD: Array,
+        context_BxSxC: Array,
+        mask: Array | None = None,
+        p: Exponent = 1.0,
+        *,
+        bias: Array | None = None,
+        is_causal: bool = False,
     ) -> Array:
         """Applies attention.
 
@@ -56,20 +99,23 @@ class AdderCrossAttention(nn.Module):
           x_BxTxD: tokens that attend, [..., T, embed_dim].
           context_BxSxC: tokens that are attended to, [..., S, C], with the same axes before them.
           mask: boolean, True where a query may see a key, broadcastable to [..., num_heads, T, S].
-          p: as in `AdderSelfAttention`.
+          p, bias, is_causal: as in `AdderSelfAttention`.
 
         Raises:
+          TypeError: config, tokens, mask, bias or flag have a type that is not allowed.
           ValueError: the tokens are not [..., T, embed_dim], the context is not [..., S, C] with the same
-            axes before, the mask does not fit them, or the identity is added where S is not T.
+            axes before, mask or bias do not fit them, or the identity is added where S is not T.
         """
         require_tokens(self.config, x_BxTxD, "AdderCrossAttention")
+        require_array("AdderCrossAttention", "a context's tokens", context_BxSxC)
+        require_flag("identity", self.identity)
         if context_BxSxC.ndim != x_BxTxD.ndim or context_BxSxC.shape[:-2] != x_BxTxD.shape[:-2]:
             layout = ", ".join(map(str, (*x_BxTxD.shape[:-2], "S", "C")))
             raise ValueError(
                 f"AdderCrossAttention takes a context [{layout}] for tokens {x_BxTxD.shape}, but got shape"
                 f" {context_BxSxC.shape}."
             )
-        return _attend(self, x_BxTxD, context_BxSxC, mask, p)
+        return _attend(self, x_BxTxD, context_BxSxC, mask, p, bias, is_causal, self.identity)
 
 
 def _attend(
@@ -78,16 +124,24 @@ def _attend(
     context: Array,
     mask: Array | None,
     p: Exponent,
+    bias: Array | None,
+    is_causal: bool,
+    identity: bool,
 ) -> Array:
     """The attention of x to the context, with layers that belong to the module, in its compact call."""
     config = module.config
     width = config.embed_dim // config.num_heads
+    shape = (*x.shape[:-2], config.num_heads, x.shape[-2], context.shape[-2])
     if mask is not None:
-        mask = _of_one_batch(mask, (*x.shape[:-2], config.num_heads, x.shape[-2], context.shape[-2]))
+        check_mask(mask)
+        mask = _of_one_batch("mask", mask, shape)
+    if bias is not None:
+        bias = _of_one_batch("bias", bias, shape)
     x_BxTxD, context_BxSxC = one_batch(x), one_batch(context)
 
     def heads(name: str, tokens: Array) -> Array:
-        projected = dense(config, config.linear, config.embed_dim, name)(tokens, p)
+        layer = dense(config, config.linear, config.embed_dim, name, kernel_init=module.kernel_init)
+        projected = layer(tokens, p)
         return projected.reshape(*tokens.shape[:2], config.num_heads, width)
 
     query, key, value = (
@@ -100,7 +154,9 @@ def _attend(
         key,
         value,
         mask=mask,
-        identity=config.identity,
+        bias=bias,
+        is_causal=is_causal,
+        identity=identity,
         similarity=config.similarity,
         aggregation=config.aggregation,
         scale=config.attention_scale,
@@ -113,11 +169,14 @@ def _attend(
         attended, weights_BxHxTxS = attended
         module.sow("intermediates", "attention_weights", as_before(weights_BxHxTxS, x))
     attended = attended.astype(config.compute_dtype).reshape(x_BxTxD.shape)
-    return as_before(dense(config, config.output_projection, config.embed_dim, "out")(attended, p), x)
+    layer = dense(
+        config, config.output_projection, config.embed_dim, "out", kernel_init=module.out_kernel_init
+    )
+    return as_before(layer(attended, p), x)
 
 
-def _of_one_batch(mask: Array, shape: tuple[int, ...]) -> Array:
-    """The mask for [..., H, T, S] as one for [B, H, T, S]; `adder_attention` checks its dtype."""
+def _of_one_batch(name: str, mask: Array, shape: tuple[int, ...]) -> Array:
+    """A mask or bias for [..., H, T, S] as one for [B, H, T, S]; `adder_attention` checks its dtype."""
     if getattr(mask, "ndim", 0) > 3 and all(size == 1 for size in mask.shape[:-3]):
         mask = mask.reshape(mask.shape[-3:])
     if not getattr(mask, "ndim", 0) or len(shape) == 4:
@@ -128,7 +187,7 @@ def _of_one_batch(mask: Array, shape: tuple[int, ...]) -> Array:
         fits = False
     if not fits:
         raise ValueError(
-            f"mask: shape {mask.shape} does not broadcast to {shape} ([..., heads, queries, keys])."
+            f"{name}: shape {mask.shape} does not broadcast to {shape} ([..., heads, queries, keys])."
         )
     if mask.ndim <= 3:
         return mask

@@ -6,17 +6,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from adderflax.attention import AdderSelfAttention
-from adderflax.encoder_config import EncoderConfig, as_before, convolution, dense, one_batch, require_tokens
-from adderflax.layers import Array, Exponent, layer_norm
+from adderflax.encoder_config import EncoderConfig, convolution, dense, require_tokens
+from adderflax.fields import require_flag
+from adderflax.layers import Array, Exponent, as_before, layer_norm, one_batch
 
 
 class AdderMlp(nn.Module):
     """fc1, GELU, fc2 in the arithmetic of `config`, each followed by its normalization.
 
     With `mlp_kernel_size` a depthwise convolution over the image's tokens is added before the GELU.
+
+    Attributes:
+      config: of it, what concerns the MLP.
+      kernel_init, out_kernel_init: initializers of fc1's kernel or templates and of fc2's, as in
+        `AdderSelfAttention`.
     """
 
     config: EncoderConfig
+    kernel_init: nn.initializers.Initializer | None = None
+    out_kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x_BxTxD: Array, p: Exponent = 1.0) -> Array:
@@ -29,10 +37,11 @@ class AdderMlp(nn.Module):
         config = self.config
         require_tokens(config, x_BxTxD, "AdderMlp", axes=1)
         hidden = config.resolved().mlp_dim
-        x = dense(config, config.linear, hidden, "fc1")(x_BxTxD, p)
+        x = dense(config, config.linear, hidden, "fc1", kernel_init=self.kernel_init)(x_BxTxD, p)
         if config.mlp_kernel_size is not None:
             x = x + self._neighbors(x, p)
-        return dense(config, config.linear, config.embed_dim, "fc2")(nn.gelu(x), p)
+        fc2 = dense(config, config.linear, config.embed_dim, "fc2", kernel_init=self.out_kernel_init)
+        return fc2(nn.gelu(x), p)
 
     def _neighbors(self, x_BxTxF: Array, p: Exponent) -> Array:
         config, shape = self.config, x_BxTxF.shape
@@ -52,9 +61,17 @@ class AdderMlp(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block, [..., T, embed_dim]: ``x + Attention(LN(x))``, then ``x + MLP(LN(x))``."""
+    """Pre-norm transformer block, [..., T, embed_dim]: ``x + Attention(LN(x))``, then ``x + MLP(LN(x))``.
+
+    Attributes:
+      config: what it computes.
+      kernel_init, out_kernel_init: initializers of what enters attention and MLP, and of what leaves them, as
+        in `AdderSelfAttention` and `AdderMlp`.
+    """
 
     config: EncoderConfig
+    kernel_init: nn.initializers.Initializer | None = None
+    out_kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(
@@ -74,6 +91,8 @@ class EncoderBlock(nn.Module):
         """
         config = self.config
         require_tokens(config, x_BxTxD, "EncoderBlock")
+        require_flag("train", train)
+        inits = {"kernel_init": self.kernel_init, "out_kernel_init": self.out_kernel_init}
 
         def drop_path(branch: Array) -> Array:
             shared = tuple(range(1 if branch.ndim > 2 else 0, branch.ndim))
@@ -84,6 +103,7 @@ class EncoderBlock(nn.Module):
             return layer_norm(config.layer_norm_epsilon, config.compute_dtype, jnp.float32, name)
 
         x = x_BxTxD
-        attention, mlp = AdderSelfAttention(config, name="attention"), AdderMlp(config, name="mlp")
+        attention = AdderSelfAttention(config, **inits, name="attention")
+        mlp = AdderMlp(config, **inits, name="mlp")
         x = x + drop_path(attention(pre_norm("attention_norm")(x), mask, p))
         return x + drop_path(mlp(pre_norm("mlp_norm")(x), p))

@@ -1,16 +1,15 @@
 """What an encoder block is made of: its description, and the linear layers and convolutions that it means."""
 
 import dataclasses
-import math
 from typing import Self
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from adderflax.fields import (
     is_count,
     is_finite,
+    require_array,
     require_choice,
     require_count,
     require_flag,
@@ -29,7 +28,6 @@ from adderflax.layers import (
     require_normalization,
 )
 from adderflax.operators import available_implementations
-from adderflax.operators._dispatch import with_automatic_axes
 from adderflax.operators.attention import default_attention_scale
 
 SIMILARITIES = ("l1", "dot")
@@ -73,10 +71,11 @@ class EncoderConfig:
       grad_kernel: gradient rule of adder layers towards their templates.
       grad_query: gradient rule of the L1 similarity towards the queries.
       grad_key: gradient rule of the L1 similarity towards the keys.
-      drop_path_rate: stochastic depth, the probability that a sample skips a residual branch.
+      drop_path_rate: stochastic depth, the probability that a sample skips a residual branch; drawn from the
+        rng "drop_path".
       layer_norm_epsilon: added to the variance in every LayerNorm.
       dtype: computation dtype, "float32" or "bfloat16", also as jnp.bfloat16; sums, softmax and LayerNorm
-        stay in float32.
+        stay in float32, and so do parameters.
       remat: recompute each block's activations in the backward pass instead of storing them; what stacks the
         blocks does it, as `VisionTransformer`, and a single `EncoderBlock` takes `nn.remat`.
       implementation: operator implementation (see `adderflax.adder_matmul`); None picks by platform.
@@ -125,7 +124,7 @@ class EncoderConfig:
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}: every head"
-                " takes embed_dim / num_heads features. Choose a multiple of num_heads."
+                " takes embed_dim / num_heads features. Choose a multiple of num_heads, or other num_heads."
             )
         if self.mlp_dim is not None and not is_count(self.mlp_dim):
             raise ValueError(
@@ -181,6 +180,7 @@ def dense(
     normalization: str | None = None,
     power_activation: bool | None = None,
     use_bias: bool | None = None,
+    kernel_init: nn.initializers.Initializer | None = None,
 ) -> nn.Module:
     """The linear layer that `config` describes, in the given arithmetic.
 
@@ -192,6 +192,7 @@ def dense(
       normalization: overrides `config.normalization`.
       power_activation: overrides `config.power_activation`; multiplying layers have none either way.
       use_bias: overrides `config.use_bias`; adder layers have no bias either way.
+      kernel_init: initializer of templates or kernel; None means the layer's own.
     """
     shared = {
         "features": features,
@@ -199,7 +200,7 @@ def dense(
         "dtype": config.compute_dtype,
         "epsilon": config.layer_norm_epsilon,
         "name": name,
-    }
+    } | ({} if kernel_init is None else {"kernel_init": kernel_init})
     if arithmetic == "multiply":
         return MultiplyDense(use_bias=config.use_bias if use_bias is None else use_bias, **shared)
     return AdderDense(
@@ -257,37 +258,15 @@ def convolution(
 
 
 def require_tokens(config: EncoderConfig, x: Array, module: str, *, axes: int = 2) -> None:
-    """Raises a ValueError where x is not [..., T, embed_dim], or with axes=1 [..., embed_dim]."""
+    """Raises where config is none, or x is not [..., T, embed_dim], or with axes=1 [..., embed_dim]."""
+    if not isinstance(config, EncoderConfig):
+        raise TypeError(
+            f"{module} takes an EncoderConfig, as {module}(EncoderConfig(embed_dim=64, num_heads=4)), but its"
+            f" config is {config!r}."
+        )
+    require_array(module, "tokens", x)
     if x.ndim < axes or x.shape[-1] != config.embed_dim:
         layout = "[..., T, embed_dim]" if axes == 2 else "[..., embed_dim]"
         raise ValueError(
             f"{module} takes tokens {layout} with embed_dim={config.embed_dim}, but got shape {x.shape}."
         )
-
-
-def one_batch(x: Array, axes: int = 2) -> Array:
-    """[..., T, F] as [B, T, F]; with axes=3 [..., H, T, S] as [B, H, T, S]."""
-    if x.ndim == axes + 1:
-        return x
-
-    def spec(before: PartitionSpec) -> PartitionSpec:
-        split = [
-            name for entry in before[:-axes] for name in (entry if isinstance(entry, tuple) else (entry,))
-        ]
-        return PartitionSpec(tuple(name for name in split if name is not None), *before[-axes:])
-
-    def merge(x: Array) -> Array:
-        return x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
-
-    return with_automatic_axes(merge, spec)(x)
-
-
-def as_before(y: Array, x: Array) -> Array:
-    """What was computed of `one_batch(x)`, [B, ...], with the axes before x's last two in place of B."""
-    if x.ndim == 3:
-        return y
-
-    def split(y: Array, x: Array) -> Array:
-        return y.reshape(*x.shape[:-2], *y.shape[1:])
-
-    return with_automatic_axes(split, lambda y, x: PartitionSpec(*x[:-2], *y[1:]))(y, x)

@@ -6,8 +6,10 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from adderflax.operators.matmul import FLOATS
 from adderflax.operators.rules import canonical_rule
 
 
@@ -21,6 +23,25 @@ def require_flag(name: str, value: Any) -> None:
     """Raises a ValueError that names the field, unless `value` is True or False, of Python or of NumPy."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name}={value!r} must be True or False.")
+
+
+def require_array(taker: str, name: str, value: Any) -> None:
+    """Raises a TypeError that names both, unless `value` is an array."""
+    if not (hasattr(value, "ndim") and hasattr(value, "dtype")):
+        raise TypeError(f"{taker} takes an array of {name}, but got {value!r}.")
+
+
+def require_floating(name: str, value: Any) -> None:
+    """Raises a ValueError that names the field, unless `value` is None or one of an adder layer's dtypes."""
+    try:
+        known = value is None or jnp.dtype(value).name in FLOATS
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"{name}={value!r} is no dtype of an adder layer; choose one of {', '.join(FLOATS)}, as"
+            f" {name}=jnp.bfloat16."
+        )
 
 
 def is_count(value: Any) -> bool:

@@ -8,16 +8,26 @@ and runs on the float32 sums before anything is rounded to the layer's ``dtype``
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
-from adderflax.fields import is_count, require_choice, require_count, require_flag, require_pair
+from adderflax.fields import (
+    is_count,
+    require_choice,
+    require_count,
+    require_flag,
+    require_floating,
+    require_pair,
+)
 from adderflax.operators import GradientRule, adder_conv, adder_matmul
 from adderflax.operators._depthwise import depthwise_conv
+from adderflax.operators._dispatch import with_automatic_axes
 from adderflax.operators._origin import distance_from_origin
 from adderflax.operators._windows import canonical_padding
 from adderflax.operators.rules import canonical_rule
@@ -56,6 +66,7 @@ class AdderDense(nn.Module):
       dtype: computation and output dtype; None takes the common dtype of input and templates.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the templates.
+      scale_init, bias_init: initializers of the LayerNorm's scale and bias [features].
       epsilon: added to the variance in the LayerNorm.
       grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign", "full" or a function
         of the difference (see `adderflax.adder_matmul`).
@@ -71,6 +82,8 @@ class AdderDense(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     epsilon: float = 1e-6
     grad_x: GradientRule = "hardtanh"
     grad_kernel: GradientRule = "full"
@@ -96,7 +109,7 @@ class AdderDense(nn.Module):
             )
         shape = (inputs.shape[-1], self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
-        inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
+        inputs, kernel = _promoted(self, inputs, kernel)
         rows = inputs if inputs.ndim > 1 else inputs[None]
         rules = {"grad_x": self.grad_x, "grad_y": self.grad_kernel}
         distances = functools.partial(adder_matmul, p=p, **rules, implementation=self.implementation)
@@ -106,10 +119,11 @@ class AdderDense(nn.Module):
 
 
 class AdderConv(nn.Module):
-    """Adder convolution, [N, H, W, C] -> [N, H', W', features]: ``-sum |patch - w|``, then LayerNorm.
+    """Adder convolution, [..., H, W, C] -> [..., H', W', features]: ``-sum |patch - w|``, then LayerNorm.
 
-    The templates are the parameter ``adder_kernel`` [height, width, C / feature_group_count, features],
-    drawn from N(0, 1) as in AdderNet's official code. There is no bias: the normalization has one.
+    As in `flax.linen.Conv` any axes may stand before the image, or none. The templates are the parameter
+    ``adder_kernel`` [height, width, C / feature_group_count, features], drawn from N(0, 1) as in AdderNet's
+    official code. There is no bias: the normalization has one.
 
     Attributes:
       features: number of output features.
@@ -125,6 +139,7 @@ class AdderConv(nn.Module):
       dtype: computation and output dtype; None takes the common dtype of input and templates.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the templates.
+      scale_init, bias_init: initializers of the LayerNorm's scale and bias [features].
       epsilon: added to the variance in the LayerNorm.
       grad_x: gradient rule towards the input: "hardtanh", ("hardtanh", slope), "sign", "full" or a function
         of the difference (see `adderflax.adder_matmul`).
@@ -145,6 +160,8 @@ class AdderConv(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     epsilon: float = 1e-6
     grad_x: GradientRule = "hardtanh"
     grad_kernel: GradientRule = "full"
@@ -154,21 +171,21 @@ class AdderConv(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
-        """Applies the layer to `inputs` [N, H, W, C], with p as in `AdderDense`; [N, H', W', features]."""
+        """Applies the layer to `inputs` [..., H, W, C], p as in `AdderDense`; [..., H', W', features]."""
         _require_layer(self)
         require_pair("kernel_size", self.kernel_size)
         window = geometry(self)
-        if getattr(inputs, "ndim", 0) != 4:
+        if getattr(inputs, "ndim", 0) < 3:
             given = f"shape {inputs.shape}" if hasattr(inputs, "shape") else repr(inputs)
-            raise ValueError(f"AdderConv takes an array of images [N, H, W, C], but got {given}.")
+            raise ValueError(f"AdderConv takes an array of images [..., H, W, C], but got {given}.")
         channels = inputs.shape[-1] // self.feature_group_count
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("adder_kernel", self.kernel_init, shape, self.param_dtype)
-        inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
+        images, kernel = _promoted(self, inputs, kernel)
         rules = {"grad_x": self.grad_x, "grad_kernel": self.grad_kernel}
         distances = functools.partial(adder_conv, **window, p=p, **rules, implementation=self.implementation)
-        sums = _computed(self, distances, inputs, kernel)
-        return _normalized(self, _centered(self, sums, kernel, p), inputs.dtype)
+        sums = _computed(self, distances, one_batch(images, axes=3), kernel)
+        return as_before(_normalized(self, _centered(self, sums, kernel, p), images.dtype), inputs, axes=3)
 
 
 _STAND_IN: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("stand_in", default=None)
@@ -217,6 +234,7 @@ def geometry(layer: AdderConv) -> dict[str, Any]:
 def _require_layer(layer: AdderDense | AdderConv) -> None:
     for name in ("power_activation", "centered"):
         require_flag(name, getattr(layer, name))
+    require_floating("dtype", layer.dtype)
     require_normalization(layer.normalization, layer.power_activation)
     if not is_count(layer.features):
         raise ValueError(f"features={layer.features!r} must be a whole number, 1 or more, of outputs.")
@@ -228,6 +246,17 @@ def _require_layer(layer: AdderDense | AdderConv) -> None:
         )
 
 
+def _promoted(layer: AdderDense | AdderConv, inputs: Array, kernel: Array) -> tuple[Array, Array]:
+    """Inputs and kernel in the dtype in which the layer computes."""
+    inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=layer.dtype)
+    if inputs.dtype == jnp.float64:
+        raise ValueError(
+            f"{type(layer).__name__} computes in float32, bfloat16 or float16, but inputs or templates are"
+            " float64, which they are by default under jax_enable_x64. Give the layer dtype=jnp.float32."
+        )
+    return inputs, kernel
+
+
 def _centered(layer: AdderDense | AdderConv, sums: Array, kernel: Array, p: Exponent) -> Array:
     if not layer.centered:
         return sums
@@ -237,7 +266,8 @@ def _centered(layer: AdderDense | AdderConv, sums: Array, kernel: Array, p: Expo
 def _normalized(layer: AdderDense | AdderConv, sums: Array, dtype: Any) -> Array:
     if layer.normalization == "none":
         return sums
-    y = layer_norm(layer.epsilon, dtype, layer.param_dtype, name="norm")(sums)
+    inits = {"scale_init": layer.scale_init, "bias_init": layer.bias_init}
+    y = layer_norm(layer.epsilon, dtype, layer.param_dtype, "norm", **inits)(sums)
     if not layer.power_activation:
         return y
     return signed_power(y, layer.param("power", nn.initializers.zeros_init(), (), layer.param_dtype))
@@ -263,11 +293,12 @@ class MultiplyDense(nn.Module):
     use_bias: bool
     dtype: Any
     epsilon: float
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, inputs: Array, p: Exponent = 1.0) -> Array:
         shape = (inputs.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
         outputs = jnp.matmul(inputs, kernel)
         if self.use_bias:
@@ -314,9 +345,39 @@ class MultiplyConv(nn.Module):
         return layer_norm(self.epsilon, self.dtype, jnp.float32, name="norm")(outputs)
 
 
-def layer_norm(epsilon: float, dtype: Any, param_dtype: Any, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(
+    epsilon: float, dtype: Any, param_dtype: Any, name: str | None = None, **inits: Any
+) -> nn.LayerNorm:
     """The LayerNorm used throughout: over the last axis, with scale and bias, statistics in float32."""
     # E[x^2] - E[x]^2 loses four digits on adder sums, whose mean is some 50 times their deviation.
     return nn.LayerNorm(
-        epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
+        epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name, **inits
     )
+
+
+def one_batch(x: Array, axes: int = 2) -> Array:
+    """[..., T, F] as [B, T, F]; with axes=3 [..., H, T, S] as [B, H, T, S], or an image [..., H, W, C]."""
+    if x.ndim == axes + 1:
+        return x
+
+    def spec(before: PartitionSpec) -> PartitionSpec:
+        split = [
+            name for entry in before[:-axes] for name in (entry if isinstance(entry, tuple) else (entry,))
+        ]
+        return PartitionSpec(tuple(name for name in split if name is not None), *before[-axes:])
+
+    def merge(x: Array) -> Array:
+        return x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
+
+    return with_automatic_axes(merge, spec)(x)
+
+
+def as_before(y: Array, x: Array, axes: int = 2) -> Array:
+    """What was computed of `one_batch(x, axes)`, [B, ...], with x's axes before its last in place of B."""
+    if x.ndim == axes + 1:
+        return y
+
+    def split(y: Array, x: Array) -> Array:
+        return y.reshape(*x.shape[:-axes], *y.shape[1:])
+
+    return with_automatic_axes(split, lambda y, x: PartitionSpec(*x[:-axes], *y[1:]))(y, x)

@@ -95,7 +95,7 @@ def test_flaxs_masks_are_taken_as_booleans():
 @pytest.mark.parametrize("config", [SMALL, MULTIPLY], ids=["adder", "multiply"])
 def test_cross_attention_of_tokens_to_themselves_is_self_attention(config):
     config = dataclasses.replace(config, implementation=None)  # the reference knows p = 1 alone
-    both = AdderSelfAttention(config), AdderCrossAttention(config)
+    both = AdderSelfAttention(config), AdderCrossAttention(config, identity=True)
     variables = random_params(both[0], tokens())
     mask = jnp.tril(jnp.ones((5, 5), bool))
     itself = both[0].apply(variables, tokens(), mask, 1.5)
@@ -104,8 +104,7 @@ def test_cross_attention_of_tokens_to_themselves_is_self_attention(config):
 
 def test_cross_attention_averages_what_it_sees():
     """Each token of one visible key gets that key's value, of a context of another width and length."""
-    config = dataclasses.replace(SMALL, identity=False)
-    module, context = AdderCrossAttention(config), jax.random.normal(jax.random.key(3), (2, 7, 3))
+    module, context = AdderCrossAttention(SMALL), jax.random.normal(jax.random.key(3), (2, 7, 3))
     variables = module.init(jax.random.key(0), tokens(), context)
     seen = jnp.array([6, 0, 3, 3, 5])
     mask = jnp.arange(7)[None, :] == seen[:, None]
@@ -130,13 +129,109 @@ def test_cross_attention_averages_what_it_sees():
 )
 def test_cross_attention_refuses_what_does_not_fit(x, context, told):
     with pytest.raises(ValueError, match=told):
-        AdderCrossAttention(SMALL).init(jax.random.key(0), jnp.zeros(x), jnp.zeros(context))
+        AdderCrossAttention(SMALL, identity=True).init(jax.random.key(0), jnp.zeros(x), jnp.zeros(context))
+
+
+def test_tokens_of_another_sequence_have_no_identity():
+    """However many they are: the description's is that of tokens with themselves."""
+    assert SMALL.identity
+    module, without = AdderCrossAttention(SMALL), dataclasses.replace(SMALL, identity=False)
+    variables = random_params(module, tokens(), tokens(seed=3))
+    out = module.apply(variables, tokens(), tokens(seed=3))
+    np.testing.assert_array_equal(
+        AdderCrossAttention(without).apply(variables, tokens(), tokens(seed=3)), out
+    )
+    with pytest.raises(ValueError, match="identity='no' must be True or False"):
+        AdderCrossAttention(SMALL, identity="no").init(jax.random.key(0), tokens(), tokens())
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
+def test_bias_and_causality_are_those_of_the_operator(lead):
+    module, x = AdderSelfAttention(SMALL), tokens((*lead, 5, 8))
+    variables = random_params(module, tokens())
+    np.testing.assert_allclose(
+        module.apply(variables, x, is_causal=True),
+        module.apply(variables, x, jnp.tri(5, dtype=bool)),
+        atol=1e-6,
+    )
+    # What a large bias leaves is what a mask leaves, entry by entry.
+    seen = jax.random.bernoulli(jax.random.key(7), 0.6, (*lead, 2, 5, 5))
+    seen |= jnp.broadcast_to(jnp.eye(5, dtype=bool), seen.shape)
+    biased = module.apply(variables, x, bias=jnp.where(seen, 0.0, -1e9))
+    np.testing.assert_allclose(biased, module.apply(variables, x, seen), atol=1e-5)
+    cross, context = AdderCrossAttention(SMALL), tokens((*lead, 7, 8), seed=3)
+    earlier = jnp.tri(5, 7, dtype=bool)
+    np.testing.assert_allclose(
+        cross.apply(variables, x, context, is_causal=True),
+        cross.apply(variables, x, context, bias=jnp.where(earlier, 0.0, -1e9)),
+        atol=1e-5,
+    )
+    if lead == (2, 3):
+        with pytest.raises(ValueError, match=r"bias: shape \(4, 5\) does not broadcast to \(2, 3, 2, 5, 5\)"):
+            module.apply(variables, x, bias=jnp.zeros((4, 5)))
+
+
+def test_kernels_may_have_names_of_axes():
+    """What enters a block is split over features, what leaves it over inputs."""
+    split = nn.initializers.normal(0.5)
+    inits = {
+        "kernel_init": nn.with_partitioning(split, (None, "model")),
+        "out_kernel_init": nn.with_partitioning(split, ("model", None)),
+    }
+    for config in (SMALL, MULTIPLY):
+        block = EncoderBlock(config, **inits)
+        variables = block.init(jax.random.key(0), tokens())
+        specs = nn.get_partition_spec(variables)["params"]
+        name = "adder_kernel" if config.linear == "adder" else "kernel"
+        found = {part: tuple(specs["attention"][part][name]) for part in ("query", "key", "value", "out")}
+        found |= {part: tuple(specs["mlp"][part][name]) for part in ("fc1", "fc2")}
+        entering, leaving = (None, "model"), ("model", None)
+        assert found == dict.fromkeys(("query", "key", "value", "fc1"), entering) | dict.fromkeys(
+            ("out", "fc2"), leaving
+        )
+        plain = nn.meta.unbox(variables)
+        kernel = plain["params"]["mlp"]["fc1"][name]
+        assert 0.3 < kernel.std() < 0.7  # drawn as it was asked for
+        np.testing.assert_array_equal(
+            block.apply(variables, tokens()), EncoderBlock(config).apply(plain, tokens())
+        )
+    cross = AdderCrossAttention(SMALL, **inits).init(jax.random.key(0), tokens(), tokens())
+    assert tuple(nn.get_partition_spec(cross)["params"]["out"]["adder_kernel"]) == ("model", None)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: AdderSelfAttention(4).init(jax.random.key(0), tokens()), "takes an EncoderConfig, .* is 4"),
+        (lambda: EncoderBlock(None).init(jax.random.key(0), tokens()), "EncoderBlock takes an EncoderConfig"),
+        (
+            lambda: AdderSelfAttention(SMALL).init(jax.random.key(0), [1]),
+            r"array of tokens, but got \[1\]",
+        ),
+        (
+            lambda: AdderSelfAttention(SMALL).init(jax.random.key(0), tokens(), tokens(), tokens()),
+            "got a second sequence. Attention to another one is AdderCrossAttention",
+        ),
+        (
+            lambda: AdderCrossAttention(SMALL).init(jax.random.key(0), tokens(), None),
+            "AdderCrossAttention takes an array of a context's tokens, but got None",
+        ),
+    ],
+    ids=["number", "none", "list", "three sequences", "no context"],
+)
+def test_what_is_no_array_or_description_is_told(call, told):
+    with pytest.raises(TypeError, match=told):
+        call()
+
+
+def test_a_mask_in_the_place_of_train_is_told():
+    with pytest.raises(ValueError, match="(?s)train=.* must be True or False"):
+        EncoderBlock(SMALL).init(jax.random.key(0), tokens(), jnp.tri(5, dtype=bool))
 
 
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 1, 3)], ids=str)
 def test_any_axes_may_stand_before_the_tokens(lead):
-    config = dataclasses.replace(SMALL, identity=False)
-    module, x, context = AdderCrossAttention(config), tokens((*lead, 5, 8)), tokens((*lead, 7, 3), seed=3)
+    module, x, context = AdderCrossAttention(SMALL), tokens((*lead, 5, 8)), tokens((*lead, 7, 3), seed=3)
     variables = random_params(module, tokens((1, 5, 8)), tokens((1, 7, 3)))
     masks = [jax.random.bernoulli(jax.random.key(7), 0.6, (*lead, 2, 5, 7)), jnp.arange(7) < 4]
     masks += [masks[0][..., :1, :, :], masks[0][..., :, :1, :]]

@@ -182,10 +182,55 @@ def test_inputs_are_arrays_with_features(inputs):
         AdderDense(3).init(jax.random.key(0), inputs)
 
 
-@pytest.mark.parametrize("inputs", [[[1.0, 2.0]], jnp.ones((6, 6, 3))], ids=["list", "one image"])
-def test_images_are_an_array_of_four_axes(inputs):
-    with pytest.raises(ValueError, match=r"AdderConv takes an array of images \[N, H, W, C\], but got "):
+@pytest.mark.parametrize("inputs", [[[1.0, 2.0]], jnp.ones((6, 3))], ids=["list", "a row"])
+def test_images_are_an_array(inputs):
+    with pytest.raises(ValueError, match=r"AdderConv takes an array of images \[\.\.\., H, W, C\], but got "):
         AdderConv(3, (3, 3)).init(jax.random.key(0), inputs)
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("normalization", ["layer", "none"])
+def test_any_axes_may_stand_before_an_image(lead, normalization):
+    layer = AdderConv(4, (2, 3), strides=(2, 1), normalization=normalization, centered=True)
+    images = tokens((*lead, 5, 6, 3))
+    variables = random_params(layer, tokens((1, 5, 6, 3)))
+    one_by_one = layer.apply(variables, images.reshape(-1, 5, 6, 3))
+    out = layer.apply(variables, images)
+    assert out.shape == (*lead, 3, 6, 4)
+    np.testing.assert_array_equal(out.reshape(one_by_one.shape), one_by_one)
+
+
+@pytest.mark.parametrize("layer", [AdderDense, functools.partial(AdderConv, kernel_size=(1, 1))])
+def test_every_parameter_has_an_initializer(layer):
+    axes = {"kernel_init": (None,) * 3 + ("model",), "scale_init": ("model",), "bias_init": ("model",)}
+    if layer is AdderDense:
+        axes["kernel_init"] = (None, "model")
+    inits = {name: nn.with_partitioning(nn.initializers.constant(0.5), axis) for name, axis in axes.items()}
+    module, x = layer(4, **inits), tokens((1, 2, 2, 8))
+    variables = module.init(jax.random.key(0), x)
+    specs = nn.get_partition_spec(variables)["params"]
+    assert tuple(specs["adder_kernel"])[-1] == "model"
+    assert [tuple(specs["norm"][name]) for name in ("scale", "bias")] == [("model",)] * 2
+    assert all(np.all(leaf == 0.5) for leaf in jax.tree.leaves(variables))
+    plain = nn.meta.unbox(variables)
+    np.testing.assert_array_equal(module.apply(variables, x), layer(4).apply(plain, x))
+
+
+@pytest.mark.parametrize("layer", [AdderDense(4), AdderConv(4, (1, 1))])
+def test_float64_is_told_by_the_layer(layer):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        x = jnp.ones((1, 2, 2, 8), jnp.float64)
+        with pytest.raises(ValueError, match=f"{type(layer).__name__} computes in .* dtype=jnp.float32"):
+            layer.init(jax.random.key(0), x)
+        out, _ = layer.clone(dtype=jnp.float32).init_with_output(jax.random.key(0), x)
+        assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["bf16", jnp.int8, 3, jnp.float64])
+def test_the_dtype_is_one_of_an_adder_layer(dtype):
+    for layer in (AdderDense(4, dtype=dtype), AdderConv(4, (1, 1), dtype=dtype)):
+        with pytest.raises(ValueError, match=r"dtype=.* is no dtype of an adder layer; choose .*, as"):
+            layer.init(jax.random.key(0), tokens((1, 2, 2, 8)))
 
 
 @pytest.mark.parametrize("layer", [AdderDense(4, centered="no"), AdderConv(4, (1, 1), power_activation="no")])

@@ -31,7 +31,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
         raise DatasetNotReadyError(
             "The digits come with scikit-learn, which is not installed here: "
             "`pip install scikit-learn`, or everything a run needs at once with "
-            "`pip install -r requirements.txt`."
+            "`pip install '.[train]'` or `pip install -r requirements.txt` in the checkout."
         ) from error
     raw = datasets.load_digits()
     images = np.rint(raw.images * (255.0 / 16.0)).astype(np.uint8)

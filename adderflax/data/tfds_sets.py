@@ -152,7 +152,7 @@ def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:
             config.name,
             config.data_dir,
             f"reading it needs tensorflow-datasets, which cannot be imported here ({error})",
-            "`pip install -r requirements.txt` installs it.",
+            "In the checkout `pip install '.[train]'` or `pip install -r requirements.txt` installs it.",
         )
     if config.name.startswith(("/", ".", "~")):
         _is_a_path(config)

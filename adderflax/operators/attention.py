@@ -3,7 +3,7 @@
 import functools
 import math
 import numbers
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,66 @@ from adderflax.operators._dispatch import (
 )
 from adderflax.operators.matmul import adder_matmul, calls, check_array, match_varying
 from adderflax.operators.rules import GradientRule, Rule, canonical_rule
+
+
+@overload
+def adder_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    is_causal: bool = False,
+    identity: bool = True,
+    similarity: str = "l1",
+    aggregation: str = "dot",
+    scale: float | None = None,
+    grad_query: GradientRule = "hardtanh",
+    grad_key: GradientRule = "hardtanh",
+    return_weights: Literal[False] = False,
+    implementation: str | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def adder_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    is_causal: bool = False,
+    identity: bool = True,
+    similarity: str = "l1",
+    aggregation: str = "dot",
+    scale: float | None = None,
+    grad_query: GradientRule = "hardtanh",
+    grad_key: GradientRule = "hardtanh",
+    return_weights: Literal[True],
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def adder_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    is_causal: bool = False,
+    identity: bool = True,
+    similarity: str = "l1",
+    aggregation: str = "dot",
+    scale: float | None = None,
+    grad_query: GradientRule = "hardtanh",
+    grad_key: GradientRule = "hardtanh",
+    return_weights: bool,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
 def adder_attention(
@@ -330,16 +390,22 @@ def _check_shapes(query, key, value, identity) -> None:
         )
 
 
+def check_mask(mask: jax.Array) -> None:
+    """Raises a TypeError unless the mask is boolean."""
+    dtype = getattr(mask, "dtype", None)
+    if dtype != jnp.bool_:
+        raise TypeError(
+            f"mask: needs dtype bool, True where a query attends, got {dtype or type(mask)}. Flax's "
+            f"make_causal_mask and make_attention_mask give it with dtype=bool; additive masks are a bias."
+        )
+
+
 def _broadcastable(array, argument, shape, single):
     """Checks mask or bias and returns it with rank 4, or None."""
     if array is None:
         return None
-    dtype = getattr(array, "dtype", None)
-    if argument == "mask" and dtype != jnp.bool_:
-        raise TypeError(
-            f"mask: needs dtype bool, True where a query attends, got {dtype or type(array)}. Flax's "
-            f"make_causal_mask and make_attention_mask give it with dtype=bool; additive masks are a bias."
-        )
+    if argument == "mask":
+        check_mask(array)
     if argument == "bias":
         array = check_array(array, argument, "adder_attention")
     array = jnp.asarray(array)

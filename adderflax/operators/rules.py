@@ -105,6 +105,11 @@ def _check_function(rule: Callable[[jax.Array], jax.Array], argument: str) -> No
             f" elementwise, by JAX's operations, which can be traced as NumPy's cannot; it failed with"
             f" {type(error).__name__}: {error}"
         ) from error
+    if getattr(found, "shape", None) == _SEVERAL[0] and found.dtype == jnp.float64:
+        raise ValueError(
+            f"{argument}: the gradient rule {rule!r} gave float64 of differences float32, as a NumPy number"
+            " does under jax_enable_x64. Use Python's numbers, or return its result with .astype(d.dtype)."
+        )
     for differences, result in ((_SEVERAL, traced), (_SEVERAL, found), *((_ONE, one) for one in alone)):
         if (getattr(result, "shape", None), getattr(result, "dtype", None)) != differences:
             gave = f"{result.dtype} {list(result.shape)}" if hasattr(result, "dtype") else repr(result)

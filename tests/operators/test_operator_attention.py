@@ -1,8 +1,10 @@
 """adder_attention against float64 NumPy, and its contract."""
 
 import functools
+import inspect
 import math
 import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -377,3 +379,20 @@ def test_bad_calls(name):
         adder_attention(*operands, **options)
     for part in parts:
         assert part in str(raised.value)
+
+
+def test_types_tell_of_weights_and_nothing_else():
+    """Without them an array, with them a pair; all else is as the function itself has it."""
+    own, found = inspect.signature(adder_attention), []
+    for overload in typing.get_overloads(adder_attention):
+        signature = inspect.signature(overload)
+        parameters = dict(signature.parameters)
+        weights = parameters.pop("return_weights")
+        found.append((weights.annotation, weights.default, signature.return_annotation))
+        assert parameters == {n: p for n, p in own.parameters.items() if n != "return_weights"}
+    pair = tuple[jax.Array, jax.Array]
+    assert found == [
+        (typing.Literal[False], False, jax.Array),
+        (typing.Literal[True], inspect.Parameter.empty, pair),
+        (bool, inspect.Parameter.empty, jax.Array | pair),
+    ]

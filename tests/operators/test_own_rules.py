@@ -142,6 +142,13 @@ def test_a_rule_may_be_named(tmp_path, monkeypatch):
             canonical_rule(name, "grad_x")
 
 
+def test_a_rule_that_gives_float64_is_told():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(ValueError, match="gave float64 of differences float32, .* Use Python's numbers"):
+            canonical_rule(lambda d: d * np.float64(0.5), "grad_x")
+        canonical_rule(lambda d: d * 0.5, "grad_x")
+
+
 class Unhashable:
     __hash__ = None
 
