@@ -66,6 +66,13 @@ def test_what_training_needs_besides_is_told(missing, module):
     assert done.returncode and "`pip install '.[train]'`" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("module", ["adderflax", "adderflax.models", "adderflax.training.optimizer"])
+def test_layers_and_their_optimizer_need_nothing_of_training(module):
+    missing = "ml_collections", "grain", "tensorflow_datasets", "tensorboardX", "sklearn", "PIL", "matplotlib"
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\nimport {module}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_requirements_are_exact():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
