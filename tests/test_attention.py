@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType
 from layer_reference import MULTIPLY, SMALL, adder, layer_norm, random_params, tokens
 
 from adderflax import AdderCrossAttention, AdderDense, AdderSelfAttention, EncoderBlock
@@ -197,6 +198,35 @@ def test_kernels_may_have_names_of_axes():
         )
     cross = AdderCrossAttention(SMALL, **inits).init(jax.random.key(0), tokens(), tokens())
     assert tuple(nn.get_partition_spec(cross)["params"]["out"]["adder_kernel"]) == ("model", None)
+
+
+@pytest.mark.parametrize("config", [SMALL, MULTIPLY], ids=["adder", "multiply"])
+def test_features_split_over_devices_give_the_same(config):
+    config = dataclasses.replace(config, implementation=None, centered=True)
+    split = nn.initializers.normal(1.0)
+    inits = {
+        "kernel_init": nn.with_partitioning(split, (None, "model")),
+        "out_kernel_init": nn.with_partitioning(split, ("model", None)),
+    }
+    block, key = EncoderBlock(config, **inits), jax.random.key(0)
+    plain = nn.meta.unbox(block.init(key, tokens()))
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    shardings = nn.get_sharding(jax.eval_shape(block.init, key, tokens()), mesh)
+    variables = jax.device_put(plain, shardings)
+
+    @jax.jit
+    def step(variables):
+        return jax.value_and_grad(lambda v: jnp.sum(jnp.sin(block.apply(v, tokens()))))(variables)
+
+    (value, gradient), (wanted, expected) = step(variables), step(plain)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradient, expected)
+    name = "adder_kernel" if config.linear == "adder" else "kernel"
+    local = {
+        part: kernel[name].addressable_shards[0].data.shape
+        for part, kernel in variables["params"]["mlp"].items()
+    }
+    assert local == {"fc1": (8, 6), "fc2": (6, 8)}
 
 
 @pytest.mark.parametrize(
