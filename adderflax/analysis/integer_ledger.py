@@ -184,11 +184,11 @@ class _Counter:
         return x
 
     def _norm(self, name: str, x: _Values) -> _Values:
-        entry, rows = self._described["norms"][name], x.n // self._arrays[f"{name}/gain"].size
-        arrays = (self._arrays[f"{name}/{part}"] for part in ("gain", "offset"))
-        operations = integer_steps.normalization(x.range, *arrays, entry["shift"], entry["epsilon"], rows)
-        n = self._arrays[f"{name}/gain"].size
-        self._append(name, "norm", operations, [(x.width, x.n), (WIDE, 2 * n)], [(WIDE, x.n)])
+        entry, gain = self._described["norms"][name], self._arrays[f"{name}/gain"]
+        operations = integer_steps.normalization(
+            x.range, gain, self._arrays[f"{name}/offset"], entry["shift"], entry["epsilon"], x.n // gain.size
+        )
+        self._append(name, "norm", operations, [(x.width, x.n), (WIDE, 2 * gain.size)], [(WIDE, x.n)])
         return _Values(x.n, Range.of(WIDE), entry["output"])
 
     def _table(self, name: str, path: str, x: _Values, follower: str | None = None) -> _Values:
