@@ -59,11 +59,11 @@ LONG |= {
 WIDE = {"model.embed_dim": 96}
 TAUGHT_WIDE = TAUGHT | {"distillation.teacher": "runs/studies/gap_centered/long-multiply-wide-seed0"}
 LONG["adder-wide"] = ADDER | WIDE
+LONG["adder-wide-dw-hardtanh-taught"] = ADDER | CLIPPED | WIDE | TAUGHT_WIDE
+LONG["multiply-wide-taught"] = SHORT["multiply"] | WIDE | TAUGHT_WIDE
 LONG_TWICE: dict[str, dict[str, Any]] = {
     "multiply-lr6": SHORT["multiply-lr6"],
     "multiply-wide": SHORT["multiply"] | WIDE,
-    "adder-wide-dw-hardtanh-taught": ADDER | CLIPPED | WIDE | TAUGHT_WIDE,
-    "multiply-wide-taught": SHORT["multiply"] | WIDE | TAUGHT_WIDE,
 }
 LONG_ONCE: dict[str, dict[str, Any]] = {name: SHORT[name] for name in ("adder-dw-hardtanh-multiplier20",)}
 

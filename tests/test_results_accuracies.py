@@ -107,6 +107,8 @@ def test_accuracies_with_centered_templates():
         "multiply-taught": "`multiply`, taught",
         "adder-taught": "`adder`, centered, taught",
         f"{clipped}-taught": "towards templates by `hardtanh`, taught",
+        f"adder-wide-{clipped.removeprefix('adder-')}-taught": "the same, with 96 features",
+        "multiply-wide-taught": "`multiply`, with 96 features, taught",
     }
     assert found.keys() == {f"short-{name}" for name in CENTERED} | {f"long-{name}" for name in long}
     short = {name: found[f"short-{name}"] for name in CENTERED}
@@ -159,6 +161,17 @@ def test_accuracies_with_centered_templates():
     each = sorted(np.subtract(found[f"long-{clipped}-taught"], found["long-adder-taught"]))
     assert f"is worth {more:.1f} points, {each[0]:.1f} to {each[-1]:.1f} seed by seed" in page
     assert f"{ahead}, {behind} as well (three seeds of each, one teacher)" in readme
+    wide = mean["adder-wide-dw-hardtanh-taught"]
+    teacher, less = found["long-multiply-wide"][0], mean["multiply-wide-taught"] - wide
+    more, seeds = wide - mean["multiply-taught"], "three"
+    told = f"{teacher:.1f}), it is {wide - teacher:.1f} ahead of its teacher and {less:.1f} behind a twin as"
+    assert f"trained again, to the same {told} wide that is taught as well; and **{more:.1f} ahead" in page
+    told = f"and whose teacher has {teacher - twin[0]:.1f} less ({seeds} seeds of each"
+    assert f"whose energy it takes in that convention, {told}" in page
+    told = f"it is {less:.1f} behind that twin taught, and {more:.1f} ahead of the taught twin whose energy"
+    assert f"{told} it takes ({seeds} of each)" in readme
+    told = f"{less:.1f} behind a taught twin as wide and {more:.1f} ahead of the taught one whose energy it"
+    assert f"{told} takes ({seeds} seeds of each)" in " ".join(CLAIMS.split())
     assert f"{ahead} (three seeds, one teacher) {behind} as well" in " ".join(CLAIMS.split())
 
 
