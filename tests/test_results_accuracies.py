@@ -143,8 +143,10 @@ def test_accuracies_with_centered_templates():
     assert f"is **{ahead} points ahead of it** ({seeds}, without a teacher)" in page
     first = np.mean(found["long-adder-wide"][:2]) - np.mean(twin[:2])
     assert f"The first two seeds had promised {first:.1f}." in page
-    more = mean["multiply-wide"] - mean["adder-wide"]
-    told = f"has {mean['multiply-wide']:.1f} (two seeds), {more:.1f} more than the adder model"
+    more = np.mean(np.subtract(found["long-multiply-wide"], found["long-adder-wide"][:2]))
+    told = (
+        f"has {mean['multiply-wide']:.1f} (two seeds), {more:.1f} more than the adder model with these seeds"
+    )
     assert f"A twin as wide {told}, where at 64 features it was {behind[0]}" in page
     assert f"and {ahead} ahead (three) if it is half as wide again" in readme
     assert f"{ahead} ahead with half as many features again" in CLAIMS
@@ -230,9 +232,18 @@ def test_accuracies_with_neighbors():
         )
     )
     behind = {kind: f"{twin[kind] - centered[kind]:.1f}" for kind in twin}
-    assert f"{behind['final']} points behind the twin on the subset without help" in page
+    apart = [found["final", f"{n}"] for n in ("multiply-neighbors", "adder-neighbors-multiply-centered")]
+    spread = f"{np.std(np.subtract(*apart), ddof=1):.1f}"
+    told = f"points behind the twin on the subset without help, ± {spread} by seed"
+    assert f"{behind['final']} {told}" in page
+    assert f"centered templates {behind['final']} ± {spread} points behind its twin there" in CLAIMS
+    plain3, centered3, twin3 = (
+        found["screen", name][0] for name in ("adder-lr3", "adder-lr3-centered", "multiply-lr3")
+    )
+    told = f"without the convolution it gave {centered3 - plain3:.1f} points, of {twin3 - plain3:.1f} that"
+    assert told in page
     gap = f"from {twin['final'] - plain['final']:.1f} points behind its twin (one seed) to {behind['final']}"
-    assert f"{gap} (three), without any help" in readme
+    assert f"{gap} ± {spread} (three), without any help" in readme
     lost = f"{behind['full']} on all images, where it was {twin['full'] - plain['full']:.1f}"
     assert lost in page
     ahead = both["full"] - twin["full"]
@@ -427,3 +438,32 @@ def test_the_weights_that_come_along_predict():
         assert len(probabilities) == 10
         for name, value in expected.items():
             assert abs(probabilities[name] - value) < 0.02, (name, probabilities)
+
+
+def test_what_the_identity_does_to_accuracies():
+    """Pairs of runs that differ in it alone, by seed."""
+
+    def gained(file, with_it, without):
+        found = {}
+        for line in map(json.loads, (RESULTS / f"{file}.jsonl").read_text().splitlines()):
+            found.setdefault(line["name"], {})[line["seed"]] = 100 * line["figures"]["test_accuracy"]
+        return [found[with_it][seed] - found[without][seed] for seed in (0, 1, 2)]
+
+    multiplying = [
+        gained("rank_digits", "dot-I-multiply", "dot-none-multiply"),
+        gained("rank_digits", "l1-I-multiply", "l1-none-multiply"),
+        gained("gap_cifar10", "final-multiply-neighbors", "final-multiply-neighbors-no-identity"),
+    ]
+    adder, centered = (
+        [gained("rank_depth", f"{n}-{kind}-I", f"{n}-{kind}-none") for n in (4, 12)]
+        for kind in ("adder", "centered")
+    )
+    assert all(gain > 0 for row in multiplying for gain in row)
+    means = sorted(np.mean(row) for row in multiplying)
+    assert f"(by {means[0]:.1f} to {means[-1]:.1f} points, in all 9 pairs of three rows)" in CLAIMS
+    lost = [[gain < 0 for row in rows for gain in row] for rows in (adder, centered)]
+    assert [sum(each) for each in lost] == [5, 6]
+    costs = sorted(-np.mean(row) for row in adder + centered)
+    told = f"costs adder models** of 4 and 12 blocks {costs[0]:.1f} to {costs[-1]:.1f} (in 11 of 12 pairs)"
+    assert told in CLAIMS
+    assert f"by {costs[0]:.1f} to {costs[-1]:.1f} points a row" in " ".join(CLAIMS.split())
